@@ -31,8 +31,8 @@ def main() -> int:
     parser.add_argument("--load-iteration", type=int, metavar="N", help="which iteration; default the latest")
     given = parser.parse_args()
     try:
-        tell = lambda line: print(f"note: {line}", file=sys.stderr)  # noqa: E731
-        directory = find_checkpoint(given.directory, given.load_iteration, tell, whole=False)
+        report = lambda line: print(f"note: {line}", file=sys.stderr)  # noqa: E731
+        directory = find_checkpoint(given.directory, given.load_iteration, report, skip_damaged=False)
         manifest = verify(directory)
     except CheckpointError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Communication of the ranks about a checkpoint: small descriptions and failures, never tensor data."""
+"""Collectives with which the ranks coordinate a checkpoint: they carry small descriptions and errors, never tensor data."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from megatron.mesh.mesh import Axis
 
 T = TypeVar("T")
 
-# A rank waits for the slowest disk. What dies or hangs meanwhile is found by the watchdog, not by this.
+# Long enough for the slowest disk; the watchdog, not this timeout, finds ranks that die or hang.
 MAX_WAIT = timedelta(days=1)
 
 
 class DiskError(CheckpointError):
-    """A checkpoint could not be written because the disk is full, or fails. Nothing is wrong with the run."""
+    """A checkpoint could not be written because the disk is full or failing. The run itself is not affected."""
 
 
 def saving_axis(world: Axis) -> Axis:
-    """Return the ranks of `world` with a process group for checkpoints alone, which a thread may use. Collective."""
+    """Return an axis of the same ranks with a process group reserved for checkpoints, safe to use in a thread. Collective."""
     if world.group is None:
         return world
-    # A group of its own, since two threads must never share one: a save may communicate while the step does. It is gloo's under
-    # NCCL too: what travels lies in host memory, and so a slow disk never counts as a failed collective of the device.
+    # A separate group, because two threads must never share one: a save may communicate during a training step. The backend is
+    # gloo even under NCCL: the messages are in host memory, and a slow disk must not time out a collective of the device.
     return replace(world, name="save", group=dist.new_group(list(world.ranks), timeout=MAX_WAIT, backend="gloo"))
 
 
@@ -39,40 +39,40 @@ def run_on_all_ranks(world: Axis, work: Callable[[], T], watch: Watchdog | None 
     Args:
         world: all ranks that take part.
         work: what each rank does, without communication.
-        watch: learns what this rank is busy with.
-        what: the work in words, for `watch`.
+        watch: watchdog that is told what this rank is doing.
+        what: description of the work, for `watch`.
 
     Returns:
         This rank's result.
 
     Raises:
-        DiskError: on every rank, where all that failed is the disk's fault.
-        CheckpointError: on every rank, for any other failure; the message names each rank that failed, and its error.
+        DiskError: on every rank, if the disk caused every failure.
+        CheckpointError: on every rank, for any other failure. The message lists each failed rank with its error.
     """
     watch = watch or Watchdog()
     result, failure = None, None
     watch.doing(what, alone=True)
     try:
         result = work()
-    except Exception as error:  # whatever it is, the other ranks must not wait for this one
-        kind = DiskError if isinstance(error, OSError | DiskError) else CheckpointError
+    except Exception as error:  # any exception: the other ranks must not wait for this one
+        error_type = DiskError if isinstance(error, OSError | DiskError) else CheckpointError
         if world.group is None:
-            raise error if isinstance(error, CheckpointError) else kind(describe_error(error)) from error
-        failure = (describe_error(error), kind is DiskError)
+            raise error if isinstance(error, CheckpointError) else error_type(describe_error(error)) from error
+        failure = (describe_error(error), error_type is DiskError)
     if world.group is not None:
         failures: list[tuple[str, bool] | None] = [None] * world.size
         watch.waiting(f"waiting for the other ranks after {what}")
         dist.all_gather_object(failures, failure, group=world.group)
         # One sentence for all ranks that met the same error: a full disk fails on a thousand at once.
-        told = {f: [r for r, other in enumerate(failures) if other == f] for f in failures if f is not None}
-        if told:
-            kind = DiskError if all(disk for _, disk in told) else CheckpointError
-            raise kind("; ".join(f"rank {', '.join(map(str, ranks))}: {text}" for (text, _), ranks in told.items()))
-    return result  # type: ignore[return-value]  # None only where work gave None
+        ranks_by_failure = {f: [r for r, other in enumerate(failures) if other == f] for f in failures if f is not None}
+        if ranks_by_failure:
+            error_type = DiskError if all(disk for _, disk in ranks_by_failure) else CheckpointError
+            raise error_type("; ".join(f"rank {', '.join(map(str, r))}: {text}" for (text, _), r in ranks_by_failure.items()))
+    return result  # type: ignore[return-value]  # None only if `work` returned None
 
 
 def describe_error(error: Exception) -> str:
-    """Return an error in words; where it is the disk's, with the file."""
+    """Describe an error in one line; an OSError without its number, but with the file's name."""
     if isinstance(error, CheckpointError):
         return str(error)
     if isinstance(error, OSError) and error.strerror:
@@ -84,11 +84,11 @@ def all_agree(world: Axis, answer: bool) -> bool:
     """Return whether `answer` is true on every rank. Collective."""
     if world.group is None:
         return answer
-    # NCCL reduces memory of the device alone.
+    # NCCL can only reduce tensors in device memory.
     device = "cuda" if dist.get_backend(world.group) == "nccl" else "cpu"
-    least = torch.tensor(int(answer), device=device)
-    dist.all_reduce(least, dist.ReduceOp.MIN, group=world.group)
-    return bool(least.item())
+    minimum = torch.tensor(int(answer), device=device)
+    dist.all_reduce(minimum, dist.ReduceOp.MIN, group=world.group)
+    return bool(minimum.item())
 
 
 def gather_objects(world: Axis, value: T) -> list[T] | None:
@@ -101,7 +101,7 @@ def gather_objects(world: Axis, value: T) -> list[T] | None:
 
 
 def scatter_objects(world: Axis, values: Sequence[T]) -> T:
-    """Give each rank its value of the first rank's list; the others' lists are not looked at. Collective."""
+    """Return this rank's element of the first rank's list; the lists of other ranks are ignored. Collective."""
     if world.group is None:
         return values[0]
     mine: list[Any] = [None]

@@ -1,4 +1,4 @@
-"""Find the checkpoint directory that a path means, and say what is there instead where it means none."""
+"""Find the checkpoint directory that a path refers to, or describe what the path contains instead."""
 
 from __future__ import annotations
 
@@ -25,60 +25,60 @@ from megatron.files.foreign import recognize
 
 
 def find_checkpoint(
-    path: Path, iteration: int | None = None, tell: Callable[[str], None] = lambda line: None, *, whole: bool = True
+    path: Path, iteration: int | None = None, report: Callable[[str], None] = lambda line: None, *, skip_damaged: bool = True
 ) -> Path:
-    """Return the checkpoint directory that `path` means: itself, or under it the newest whole one, or the given iteration.
+    """Return the checkpoint directory that `path` refers to: `path` itself, or one of the checkpoints in it.
 
     Args:
         path: a directory of checkpoints, or one iter_ directory.
-        iteration: exactly this one.
-        tell: is told, in a line each, what is passed over, and where the tracker and the newest iteration differ.
-        whole: False: the one that is meant, damaged or not; nothing is passed over, also not a tracker that names none.
+        iteration: the iteration to return; None: the first complete checkpoint in the order of `trial_order`.
+        report: called with a line for each skipped checkpoint, and with one if the tracker differs from the newest iteration.
+        skip_damaged: False: return the first checkpoint in that order even if it is damaged; fail if the tracker is unusable.
 
     Raises:
-        CheckpointNotFound: there is none; the message names near candidates.
-        CheckpointError: none is whole, as far as `newest_complete` looks. Of one that is named, as itself or by its
-            iteration, only the manifest's presence is tested.
+        CheckpointNotFound: there is no such checkpoint. The message lists similar paths or the iterations that exist.
+        CheckpointError: no checkpoint passes the checks of `newest_complete`. A checkpoint given by its own path or by its
+            iteration is not checked, except that its manifest must exist.
     """
-    if (why := _unusable(path)) is not None:
+    if (why := _why_unusable(path)) is not None:
         raise CheckpointNotFound(f"{path}: {why}")
     if (path / MANIFEST).is_file():
-        if iteration is not None and (held := read_manifest(path).iteration) != iteration:
-            raise CheckpointNotFound(f"{path}: it is of iteration {held}, not {iteration}")
+        if iteration is not None and (saved_iteration := read_manifest(path).iteration) != iteration:
+            raise CheckpointNotFound(f"{path}: it is of iteration {saved_iteration}, not {iteration}")
         return path
     if iteration is not None:
-        return _numbered(path, iteration)
+        return _find_iteration(path, iteration)
     if DIRECTORY.fullmatch(path.name):
         raise CheckpointError(f"{path}: {NO_MANIFEST}")
-    # Which one `path` means is left open only here, so only here may a damaged one be passed over for an older one.
-    newest = newest_complete(path) if whole else _meant(path)
+    # Only here is the choice of the checkpoint left to us, so only here may a damaged one be skipped for an older one.
+    newest = newest_complete(path) if skip_damaged else _first_in_trial_order(path)
     if newest.path is None:
         if not iteration_directories(path) and not newest.skipped:
             raise CheckpointNotFound(f"{path}: no checkpoint here, there is no {TRACKER}. {describe_iterations(path)}")
-        what = "no checkpoint is whole" if whole else "which checkpoint is meant is not clear"
-        raise CheckpointError(f"{path}: {what}: {'; '.join(newest.skipped)}. {describe_iterations(path)}")
+        problem = "no checkpoint is complete" if skip_damaged else "the tracker names no existing checkpoint"
+        raise CheckpointError(f"{path}: {problem}: {'; '.join(newest.skipped)}. {describe_iterations(path)}")
     for line in newest.lines:
-        tell(line)
+        report(line)
     return newest.path
 
 
-def _unusable(path: Path) -> str | None:
-    """Say why `path` is no directory that could hold checkpoints of this program; None where it is one."""
-    if not os.path.exists(path):  # which, unlike the path's own, fails for no name
-        return _absence(path)
+def _why_unusable(path: Path) -> str | None:
+    """Explain why `path` cannot be a checkpoint or a directory of checkpoints of this program; None if it can be."""
+    if not os.path.exists(path):  # Path.exists would raise for an invalid name, such as one that is too long
+        return _describe_missing(path)
     if not os.path.isdir(path):
         what = f"it is a file, {found}" if (found := recognize(path)) else "this is a file"
         return f"expected a directory of checkpoints, {what}"
     if not os.access(path, os.R_OK | os.X_OK):
         return "it cannot be read: permission denied"
-    # Asked last, and where no checkpoint of ours lies: a directory may hold exports for other programs beside its checkpoints.
-    if not _any_finished(path) and (found := recognize(path)) is not None:
+    # Only if there is no checkpoint of ours: a directory may contain exports for other programs beside its checkpoints.
+    if not _has_manifest(path) and (found := recognize(path)) is not None:
         return f"it is {found}"
     return None
 
 
-def _absence(path: Path) -> str:
-    """Say of a path that does not exist what is near it, or what its name stands for elsewhere."""
+def _describe_missing(path: Path) -> str:
+    """Describe a path that does not exist: similar names beside it, or the other program's name that it looks like."""
     parent = path.parent
     names = os.listdir(parent) if os.access(parent, os.R_OK) else []
     near = difflib.get_close_matches(path.name, names, n=3)
@@ -89,16 +89,16 @@ def _absence(path: Path) -> str:
     return "there is no such directory" + (f". Near it: {', '.join(str(parent / name) for name in near)}" if near else "")
 
 
-def _any_finished(path: Path) -> bool:
-    return any((each / MANIFEST).is_file() for each in (path, *iteration_directories(path).values()))
+def _has_manifest(path: Path) -> bool:
+    return any((directory / MANIFEST).is_file() for directory in (path, *iteration_directories(path).values()))
 
 
-def _meant(root: Path) -> NewestCheckpoint:
+def _first_in_trial_order(root: Path) -> NewestCheckpoint:
     order = trial_order(root)
     return NewestCheckpoint(None if order.lines or not order.paths else order.paths[0], order.lines, order.note)
 
 
-def _numbered(root: Path, iteration: int) -> Path:
+def _find_iteration(root: Path, iteration: int) -> Path:
     present = iteration_directories(root)
     if iteration not in present:
         raise CheckpointNotFound(f"{root}: there is no iteration {iteration}. {describe_iterations(root)}")

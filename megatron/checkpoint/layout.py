@@ -1,20 +1,20 @@
-"""The files of a checkpoint on disk: reading and checking them, and choosing the latest checkpoint that is whole.
+"""The files of a checkpoint on disk: reading and checking them, and choosing the newest complete checkpoint.
 
     SAVE/
-      latest_checkpointed_iteration.txt      the tracker: the number of the last one that was finished; replaced last
-      .latest_checkpointed_iteration.txt.tmp the next tracker, while a save gives the directory its name
+      latest_checkpointed_iteration.txt      the tracker: the iteration of the last finished save; replaced last
+      .latest_checkpointed_iteration.txt.tmp the next tracker; it exists while a save renames its directory
       iter_0000100/
         manifest.json                        every tensor and its pieces, every file with its size and sha256
-        config.json                          the merged configuration of the run
-        state.json                           the small values of all parts: iteration, consumed samples, ...
-        shard_00000.safetensors              plain tensors, one file per rank that wrote some
-        tokenizer/                           the tokenizer's own files, and what came with it from Hugging Face
+        config.json                          the run's merged configuration
+        state.json                           the scalars of all parts: iteration, consumed samples, ...
+        shard_00000.safetensors              tensors, one file for each rank that wrote any
+        tokenizer/                           the tokenizer's own files, and those kept from Hugging Face
 
-Tensors have global names with the part in front: `model.layers.0.attention.qkv.weight`. A tensor that was cut into pieces
-carries each piece's start in the file's key: `model.head.weight@64,0`. The layout of the run that saved appears nowhere
-else, and nothing is pickled.
+Tensors have global names that begin with their part: `model.layers.0.attention.qkv.weight`. If a tensor is saved in several
+pieces, the key of each piece ends with its start: `model.head.weight@64,0`. Nothing else depends on the parallel layout of the
+run that saved, and nothing is pickled.
 
-Which checkpoint is the latest follows from these files alone, never from time stamps, which a copy loses: see `trial_order`.
+Which checkpoint is the latest follows from these files alone, never from time stamps, which copying loses: see `trial_order`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ NEXT_TRACKER = f".{TRACKER}.tmp"
 NO_MANIFEST = f"it has no {MANIFEST}, so it is unfinished or not a checkpoint of this program"
 DIRECTORY = re.compile(r"iter_(\d{7,15})(\.replaced)?")
 MAX_TRACKER_BYTES = 1000
-MAX_JSON_BYTES = 1 << 30  # bytes of a JSON file; the manifest of a thousand ranks has a few hundred million
+MAX_JSON_BYTES = 1 << 30  # the manifest of a thousand ranks has a few hundred million bytes
 NONE_DAMAGED: Mapping[Path, str] = MappingProxyType({})
 
 
@@ -55,7 +55,7 @@ class CheckpointError(Exception):
 
 
 class CheckpointNotFound(CheckpointError):
-    """There is no checkpoint where one was looked for; nothing is damaged."""
+    """The checkpoint does not exist; nothing is damaged."""
 
 
 def directory_name(iteration: int) -> str:
@@ -64,10 +64,10 @@ def directory_name(iteration: int) -> str:
 
 
 def iteration_directories(root: Path) -> dict[int, Path]:
-    """Return every checkpoint directory under `root` by its iteration, whole or not, in ascending order."""
+    """Return the checkpoint directories under `root` by iteration, complete or not, in ascending order."""
     found: dict[int, Path] = {}
-    # `iter_0000100.replaced` is the one that a second save of the same iteration set aside. It sorts behind its successor,
-    # and so counts only while that is not there yet.
+    # A second save of iteration 100 renames the first to `iter_0000100.replaced`. That name sorts after `iter_0000100`, so it
+    # is used only until the second save is finished.
     for path in sorted(root.iterdir(), key=lambda p: p.name) if root.is_dir() else []:
         match = DIRECTORY.fullmatch(path.name)
         if match and path.is_dir():
@@ -76,30 +76,30 @@ def iteration_directories(root: Path) -> dict[int, Path]:
 
 
 def checked_path(directory: Path, name: str) -> Path:
-    """Return the path of a checkpoint's file, which was looked at.
+    """Return the path of a checkpoint's file after checking it.
 
-    CheckpointError when it is not there, no regular file, or a link to outside the directory.
+    CheckpointError when it does not exist, is not a regular file, or is a link that leads outside the directory.
     """
     path = directory / name
     try:
-        # Links within the directory are followed: some storages keep one copy of equal files. A pipe would be read for ever.
+        # Links within the directory are allowed: some storage systems store equal files once. Reading a pipe would never end.
         real = path.resolve(strict=True)
         if not real.is_relative_to(directory.resolve()):
             raise CheckpointError(f"{path}: it is a link that leads outside the checkpoint, to {real}")
         if not stat.S_ISREG(real.stat().st_mode):
             raise CheckpointError(f"{path}: it is not a regular file")
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links
         raise CheckpointError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     return path
 
 
 def _read_json_bytes(path: Path) -> bytes:
-    """Read a file that is to be JSON. OSError when it is too large to be one of ours."""
+    """Read a JSON file without parsing it. OSError when it is larger than MAX_JSON_BYTES."""
     return read_bytes(path, MAX_JSON_BYTES)
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Read the manifest of a checkpoint directory. CheckpointError names the file and what is wrong with it."""
+    """Read the manifest of a checkpoint directory. CheckpointError if it is missing or unusable."""
     path = directory / MANIFEST
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: there is no such directory")
@@ -116,8 +116,8 @@ def read_manifest(directory: Path) -> Manifest:
 def check_sizes(directory: Path, manifest: Manifest) -> None:
     """Compare the size of every file with the manifest.
 
-    CheckpointError for the first that is not there, leads elsewhere, or has another size; and for a directory whose name says
-    another iteration.
+    CheckpointError for the first file that is missing, leads outside the directory or has another size, and if the directory is
+    named after another iteration.
     """
     for name, record in manifest.files.items():
         size = checked_path(directory, name).stat().st_size
@@ -129,23 +129,23 @@ def check_sizes(directory: Path, manifest: Manifest) -> None:
 
 
 def check_bytes(
-    directory: Path, manifest: Manifest, names: Iterable[str], tell: Callable[[str], None] = lambda what: None
+    directory: Path, manifest: Manifest, names: Iterable[str], report: Callable[[str], None] = lambda progress: None
 ) -> None:
-    """Read files to the end, and compare their bytes with the manifest.
+    """Compare the bytes of files with the sha256 in the manifest.
 
     Args:
-        directory: of the checkpoint.
-        manifest: the checkpoint's.
-        names: of the files, which the manifest lists.
-        tell: is called with a line about how far it has come, after every chunk.
+        directory: the checkpoint's directory.
+        manifest: the checkpoint's manifest.
+        names: names of the files to compare, as the manifest lists them.
+        report: called with a line of progress after every chunk.
 
     Raises:
-        CheckpointError: for the first file whose bytes are not those that were written.
+        CheckpointError: for the first file that cannot be read or differs.
     """
     for name in names:
         path = checked_path(directory, name)
         try:
-            same = hash_file(path, tell) == manifest.files[name]
+            same = hash_file(path, report) == manifest.files[name]
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror}") from error
         if not same:
@@ -153,7 +153,7 @@ def check_bytes(
 
 
 def verify(directory: Path) -> Manifest:
-    """Compare every byte with the manifest. CheckpointError names the first file that differs. One process reads it all."""
+    """Compare every byte of a checkpoint with its manifest, in one process. CheckpointError names the first bad file."""
     manifest = read_manifest(directory)
     check_sizes(directory, manifest)
     check_bytes(directory, manifest, manifest.files)
@@ -161,13 +161,13 @@ def verify(directory: Path) -> Manifest:
 
 
 def read_json(directory: Path, name: str) -> dict[str, Any]:
-    """Read one of a checkpoint's JSON files, compared with the manifest. CheckpointError names the file."""
+    """Read a JSON file of a checkpoint, after comparing it with the manifest. CheckpointError names the file."""
     record = read_manifest(directory).files.get(name)
     if record is None:
         raise CheckpointError(f"{directory / MANIFEST}: it lists no {name}")
     path = checked_path(directory, name)
     try:
-        raw = _read_json_bytes(path)  # read once, then hashed and parsed: the file may change meanwhile
+        raw = _read_json_bytes(path)  # read once for the hash and the parser: the file might change between two reads
         if hashlib.sha256(raw).hexdigest() != record.sha256:
             raise CheckpointError(f"{path}: its bytes do not match the manifest's sha256")
         value = parse_strict_json(raw)
@@ -193,7 +193,7 @@ def read_state(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_tracker(root: Path) -> int | None:
-    """Read the iteration that the tracker of `root` names; None when there is no tracker. CheckpointError for a bad one."""
+    """Read the iteration in the tracker of `root`; None if there is no tracker. CheckpointError if it is unusable."""
     text = _tracker_text(root, TRACKER)
     if text is None:
         return None
@@ -215,28 +215,29 @@ def _tracker_text(root: Path, name: str) -> str | None:
 
 
 def latest_iteration(root: Path) -> int | None:
-    """Return the iteration of the last save that was finished; None when there was none. CheckpointError for a bad tracker.
+    """Return the iteration of the last finished save; None if there was none. CheckpointError if the tracker is unusable.
 
-    It is the tracker's, unless a save died after its directory had its name and before the tracker was replaced.
+    It is the tracker's iteration, unless a save died after renaming its directory and before replacing the tracker.
     """
-    unannounced = _unannounced(root)
-    return read_tracker(root) if unannounced is None else unannounced
+    untracked = _untracked_iteration(root)
+    return read_tracker(root) if untracked is None else untracked
 
 
-def _unannounced(root: Path) -> int | None:
-    """Return the iteration of a whole save that the tracker could not name any more; None where there is none."""
-    # A save writes the next tracker, names its directory, replaces the tracker. Dead between the last two, it left both.
+def _untracked_iteration(root: Path) -> int | None:
+    """Return the iteration of a finished save that died before it replaced the tracker; None if there is none."""
+    # A save writes the next tracker, renames its directory, then replaces the tracker. If it died between the last two steps,
+    # both the next tracker and the directory exist.
     try:
         text = _tracker_text(root, NEXT_TRACKER) or ""
     except CheckpointError:
         return None
-    if not re.fullmatch(r"[0-9]{1,15}\n", text):  # without the line's end it is torn
+    if not re.fullmatch(r"[0-9]{1,15}\n", text):  # without the newline it was not written to its end
         return None
     return int(text) if (root / directory_name(int(text)) / MANIFEST).is_file() else None
 
 
 def describe_iterations(root: Path) -> str:
-    """Say in words which iterations are under `root`, for somebody who must choose one."""
+    """Return a sentence that lists the iterations under `root`, for a user who must choose one."""
     numbers = list(iteration_directories(root))
     if not numbers:
         return "No iter_ directory is there"
@@ -248,9 +249,9 @@ def describe_iterations(root: Path) -> str:
 class TrialOrder:
     """Order in which the checkpoints of a directory are tried.
 
-    paths: the one to take, then those to fall back to. lines: for a user, what is odd about the directory.
-    later: the iterations that come last, though they are newer. note: says that the tracker and the newest iteration differ,
-    and that none of `later` is taken; None where they do not differ.
+    paths: the preferred checkpoint, then the ones to fall back to. lines: problems of the tracker, for the user.
+    later: iterations after the tracker's, which are tried last. note: a line for the user if the tracker differs from the
+    newest iteration, else None.
     """
 
     paths: tuple[Path, ...]
@@ -262,52 +263,52 @@ class TrialOrder:
 def trial_order(root: Path) -> TrialOrder:
     """Return the order in which every program and tool tries the checkpoints under `root`.
 
-    First the one that was finished last, as the tracker says, then older ones from the newest on, then later ones. Without a
-    tracker the newest is the first.
+    First the one that the tracker names, then earlier iterations from the newest to the oldest, then later iterations in the
+    same direction. Without a tracker all iterations are tried from the newest to the oldest.
     """
-    present, unannounced = iteration_directories(root), _unannounced(root)
+    present, untracked = iteration_directories(root), _untracked_iteration(root)
     tracked, lines = None, []
     try:
         tracked = read_tracker(root)
     except CheckpointError as error:
         lines.append(str(error))
-    latest = tracked if unannounced is None else unannounced
+    latest = tracked if untracked is None else untracked
     if latest is not None and latest not in present:
         lines.append(f"{root / TRACKER}: it names iteration {latest}, which is not there")
-    # Whoever writes an older number into the tracker goes back, as in Megatron-LM: later iterations are of a run that was wound
-    # back. They come last: better than nothing, where all others are lost.
+    # A user rewinds a run by writing an earlier iteration into the tracker, as in Megatron-LM. The later iterations were then
+    # given up, so they are only the last resort.
     later = tuple(number for number in present if latest is not None and number > latest)
     earlier = [number for number in present if number not in later]
-    # A second save of an iteration may be damaged where the first, which it has set aside, is whole.
+    # A second save of an iteration may be damaged while the first one, renamed to .replaced, is intact.
     paths = (
-        present[number].with_name(directory_name(number) + end)
+        present[number].with_name(directory_name(number) + suffix)
         for number in (*reversed(earlier), *reversed(later))
-        for end in ("", ".replaced")
+        for suffix in ("", ".replaced")
     )
-    note = _tracker_note(root, tracked, unannounced, later)
+    note = _tracker_note(root, tracked, untracked, later)
     return TrialOrder(tuple(path for path in paths if path.is_dir()), tuple(lines), later, note)
 
 
-def _tracker_note(root: Path, tracked: int | None, unannounced: int | None, later: tuple[int, ...]) -> str | None:
-    """Say that the tracker and the newest iteration differ, and what is taken; None where they do not."""
-    if unannounced is not None and tracked is not None:
-        taken = f"the save of {unannounced} after it was finished, and is taken"
+def _tracker_note(root: Path, tracked: int | None, untracked: int | None, later: tuple[int, ...]) -> str | None:
+    """Return a line on how the tracker differs from the newest iteration, and which one is used; None if they agree."""
+    if untracked is not None and tracked is not None:
+        taken = f"the save of {untracked} was finished after it and is used"
         return (
             f"{root / TRACKER} names iteration {tracked}; {taken}: to go back give --load-iteration, or remove {NEXT_TRACKER}"
         )
     if not later:
         return None
     listed = f"{', '.join(map(str, later[-5:]))} {'is' if len(later) == 1 else 'are'} later, and not taken"
-    latest = tracked if unannounced is None else unannounced
+    latest = tracked if untracked is None else untracked
     return f"{root / TRACKER} names iteration {latest}; {listed}: give --load-iteration, or write its number into the file"
 
 
 @dataclass(frozen=True)
 class NewestCheckpoint:
-    """Newest whole checkpoint of a directory, as `path`; None where there is none. skipped: a line for each passed over.
+    """Result of looking for the newest complete checkpoint.
 
-    note: as in `TrialOrder`, None where one of `later` was taken. empty: no checkpoint was ever finished here, so there is
-    nothing to lose.
+    path: its directory; None if there is none. skipped: a line for each checkpoint that was skipped. note: as in `TrialOrder`,
+    but None if the checkpoint is one of `later`. empty: the directory has neither checkpoints nor a tracker.
     """
 
     path: Path | None
@@ -317,16 +318,16 @@ class NewestCheckpoint:
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """Lines for the user: what was passed over, and what is odd about the directory."""
+        """Lines for the user: the skipped checkpoints and the note."""
         return (*(f"passed over: {line}" for line in self.skipped), *([self.note] if self.note else []))
 
 
 def newest_complete(root: Path, damaged: Mapping[Path, str] = NONE_DAMAGED) -> NewestCheckpoint:
-    """Find the first checkpoint in `trial_order` that is whole: all sizes are right, and the bytes of small files.
+    """Find the first complete checkpoint in `trial_order`: all file sizes match the manifest, and the bytes of the small files.
 
-    damaged: those that are known to be, and why.
+    damaged: checkpoints already known to be damaged, with the reason.
     """
-    # The bytes of tensors are not read here: that takes minutes, and all ranks share it when they load.
+    # The tensor files are not read here: that takes minutes, and the ranks share the work when they load.
     order = trial_order(root)
     skipped = [f"{path}: a save that was interrupted" for path in sorted(root.glob(".iter_*.tmp"))]
     skipped += order.lines
@@ -345,7 +346,7 @@ def newest_complete(root: Path, damaged: Mapping[Path, str] = NONE_DAMAGED) -> N
 
 
 def describe_other_iterations(directory: Path) -> str:
-    """Say in words which iterations lie beside `directory`, for somebody whose choice it is and who finds it damaged."""
+    """Return a sentence that lists the iterations beside `directory`, for a user who chose it although it is damaged."""
     match = DIRECTORY.fullmatch(directory.resolve().name)
     numbers = [n for n in iteration_directories(directory.resolve().parent) if not match or n != int(match[1])]
     listed = ", ".join(map(str, numbers[-10:]))
@@ -355,5 +356,5 @@ def describe_other_iterations(directory: Path) -> str:
 
 
 def holds_weights_alone(directory: Path) -> bool:
-    """Return whether a checkpoint was imported: it has no optimizer, no counters and no position in the data."""
+    """Return whether a checkpoint contains only weights, as an import writes it: no optimizer, counters or data position."""
     return read_state(directory).keys() == {"model"}

@@ -12,7 +12,7 @@ from megatron.config.schema import ModelConfig
 
 
 def read_model_config(directory: Path) -> ModelConfig:
-    """Return the architecture that a checkpoint was saved with. CheckpointError when its config.json does not say."""
+    """Return the architecture that a checkpoint was saved with. CheckpointError when its config.json does not describe one."""
     saved = read_config(directory)
     try:
         model = from_json({"model": saved["model"]}).model
@@ -20,9 +20,9 @@ def read_model_config(directory: Path) -> ModelConfig:
         raise CheckpointError(f"{directory / CONFIG}: it has no section {error}") from error
     except ConfigError as error:
         raise CheckpointError(f"{directory / CONFIG}: {error}") from error
-    # Tables of the tensors are made from this number, and every layer has one at least.
-    if model.num_layers is not None and model.num_layers > 10 * (have := len(read_manifest(directory).tensors)):
-        raise CheckpointError(f"{directory / CONFIG}: it asks for {model.num_layers:,} layers, and there are {have} tensors")
+    # The caller builds tables with an entry per layer, so an absurd number must not exhaust memory. A layer has >= 1 tensor.
+    if model.num_layers is not None and model.num_layers > 10 * (tensors := len(read_manifest(directory).tensors)):
+        raise CheckpointError(f"{directory / CONFIG}: it asks for {model.num_layers:,} layers, and there are {tensors} tensors")
     try:
         return resolve_model(model)
     except ValueError as error:

@@ -1,8 +1,8 @@
-"""Save a checkpoint: every piece of every tensor once, the writing shared by all ranks, and either all of it or nothing.
+"""Save a checkpoint atomically: every piece of every tensor is written once, and all ranks share the writing.
 
-Each rank writes its own file into a temporary directory beside the final one. When all have succeeded the first rank adds
-the small files and the manifest, renames the directory, and replaces the tracker last. Whatever fails, on whichever rank,
-fails on all.
+Each rank writes its own file into a temporary directory beside the final one. When all have succeeded, the first rank adds
+the small files and the manifest, renames the directory, and finally replaces the tracker. An error on one rank is raised on
+all of them.
 """
 
 from __future__ import annotations
@@ -52,21 +52,21 @@ def save(
     """Write `root/iter_<iteration>` and make it the latest. Collective over `mesh.world`. A run uses `train.saving.Saver`.
 
     Args:
-        root: one directory that all ranks see.
-        iteration: which the state is of.
-        parts: what to save, by the prefix of its tensors' names; the same prefixes on all ranks.
-        mesh: of the run.
-        config: the run's merged configuration, JSON values.
-        assets: the tokenizer's files, as name -> bytes or as a function that returns them; the first rank's are taken.
-        keep_last: number of the newest whole checkpoints that stay; None: all.
-        keep_every: multiples of it stay too.
-        storage: the disk.
+        root: directory of checkpoints, on a file system that all ranks share.
+        iteration: number of training iterations that the state has completed.
+        parts: the parts to save, by the prefix of their tensors' names; the same prefixes on all ranks.
+        mesh: the run's mesh.
+        config: the run's merged configuration, as JSON values.
+        assets: the tokenizer's files, as name -> bytes or as a function that returns them; only the first rank's are used.
+        keep_last: number of the newest complete checkpoints to keep; None: all.
+        keep_every: iterations divisible by it are kept as well.
+        storage: file system operations; None: the real ones.
 
     Returns:
         The new directory.
 
     Raises:
-        CheckpointError: on all ranks, when anything fails on one of them; the tracker has then not moved.
+        CheckpointError: on all ranks, when anything fails on one of them.
     """
     storage = storage or Storage()
     try:
@@ -83,21 +83,21 @@ def write_checkpoint(root: Path, plan: SavePlan, world: Axis, storage: Storage, 
     """Write a checkpoint and make it the latest; it is on disk when this returns. Collective over `world`.
 
     Args:
-        root: one directory that all ranks see.
-        plan: of this rank.
+        root: directory of checkpoints, on a file system that all ranks share.
+        plan: this rank's plan.
         world: the ranks that save.
-        storage: the disk.
-        watch: learns what this rank is busy with.
+        storage: file system operations.
+        watch: watchdog that is told what this rank is doing.
 
     Returns:
         The new directory.
 
     Raises:
-        DiskError: on all ranks, when the disk alone is to blame.
+        DiskError: on all ranks, if the disk caused every failure.
         CheckpointError: on all ranks, when anything else fails on one of them.
     """
     name = directory_name(plan.iteration)
-    # Beside the final directory, so on its file system: a rename is atomic there alone.
+    # Beside the final directory and so on the same file system, because only there is a rename atomic.
     final, temporary = root / name, root / f".{name}.tmp"
     watch = watch or Watchdog()
     try:
@@ -126,17 +126,17 @@ def write_checkpoint(root: Path, plan: SavePlan, world: Axis, storage: Storage, 
 
 
 def _prepare_directory(storage: Storage, root: Path, temporary: Path, plan: SavePlan) -> None:
-    """Clear the place, and check that there is room before an hour is spent on writing. The first rank does it for all."""
+    """Create an empty temporary directory, after checking that the disk has enough space. Called on the first rank only."""
     if not root.is_dir():
         storage.make_directory(root)
-        storage.sync(root.parent)  # a new directory outlives a power cut once its parent is on disk
+        storage.sync(root.parent)  # a new directory survives a power failure only once its parent is on disk
     if foreign := [path for path in iteration_directories(root).values() if holds_other_files(path)]:
         raise CheckpointError(f"{foreign[0]}: is no checkpoint of this program; take it away, or save to another directory")
     storage.remove(temporary)
-    # What an earlier save left over is deleted only where its room is needed: deleting may take long, and everybody waits here.
+    # Leftovers of earlier saves are deleted only if their space is needed: deletion can be slow, and all ranks wait here.
     free, needed = storage.free_bytes(root), plan.bytes
     if free is not None and free < needed:
-        delete_retired(_leftovers(root, storage), storage)
+        delete_retired(_retire_leftovers(root, storage), storage)
         free = storage.free_bytes(root)
     if free is not None and free < needed:
         raise DiskError(
@@ -147,18 +147,18 @@ def _prepare_directory(storage: Storage, root: Path, temporary: Path, plan: Save
 
 
 def _write_shard(storage: Storage, path: Path, plan: SavePlan, watch: Watchdog) -> FileRecord | None:
-    """Write this rank's file. None when it has nothing to write."""
+    """Write this rank's file and return its record; None if this rank writes nothing."""
     if not plan.entries:
         return None
 
     def chunks() -> Iterator[bytes | memoryview]:
         written = 0
         for chunk in stream_safetensors(plan.entries, {"format": "pt"}):
-            # A new phase for every tensor, whose time begins anew: a slow disk is not one that hangs.
+            # A new phase for every chunk, which restarts the watchdog's timeout: a slow disk is not a hang.
             watch.doing(f"writing {path} after {written} bytes", alone=True)
             yield chunk
             written += len(chunk)
-        watch.doing(f"waiting for the disk to have {path}", alone=True)
+        watch.doing(f"waiting until {path} is on disk", alone=True)
 
     return storage.write(path, chunks())
 
@@ -171,38 +171,41 @@ def _write_small_files(storage: Storage, temporary: Path, files: Mapping[str, by
                 storage.make_directory(temporary / folder)
                 folders.add(folder)
         records[name] = storage.write(temporary / name, [content])
-    # `write` has put the files' bytes on disk; their names are entries of the directories. The inner ones first.
+    # `write` has synced the files' bytes, but not the directories that contain their names. Inner directories first.
     for folder in sorted(folders, reverse=True):
         storage.sync(temporary / folder)
     return records
 
 
 def _commit(storage: Storage, root: Path, temporary: Path, final: Path, manifest: Manifest) -> None:
-    """Make what was written the latest checkpoint, in steps that can each be the last. The first rank does it for all."""
-    # 1. The first rank sees every other rank's file: where it does not, the ranks do not share the directory.
+    """Make the temporary directory the latest checkpoint. Called on the first rank only.
+
+    The process may die after any of the numbered steps: a complete checkpoint remains the latest one.
+    """
+    # 1. Check that the first rank sees every other rank's file: if not, the ranks do not share the directory.
     for name, record in manifest.files.items():
         path = temporary / name
         if not path.is_file() or path.stat().st_size != record.bytes:
             raise CheckpointError(
                 f"{path}: not here as it was written. Save to a directory that all ranks share, and that no other job saves to"
             )
-    # 2. The manifest is written when all that it lists is on disk, and its directory is synced before it gets its name: so a
-    #    directory with a name and a manifest is whole, also after a power cut.
+    # 2. Write the manifest, after all files that it lists, and sync the directory before it is renamed: an iter_ directory with
+    #    a manifest is then complete, even after a power failure.
     storage.write(temporary / MANIFEST, [manifest.to_text().encode()])
     storage.sync(temporary)
-    # 3. An earlier save of this iteration makes room. It keeps counting under its second name until the new one is there.
+    # 3. Rename an earlier save of this iteration. Under the new name it is still found until the new save is finished.
     if final.exists():
         aside = final.with_name(final.name + ".replaced")
-        if aside.exists():  # a whole one, perhaps, whose successor is not
+        if aside.exists():  # possibly complete while `final` is not, so it keeps its name and `final` is deleted
             aside = root / f".{final.name}.deleted"
             storage.remove(aside)
         storage.rename(final, aside)
-    # 4. The next tracker is written before the directory has its name: whoever finds both knows that this save is the latest,
-    #    also where the tracker was not replaced any more. And after step 3, since its number would announce the earlier save.
+    # 4. Write the next tracker before the directory is renamed: if both exist, this save is the latest, even if it died before
+    #    it replaced the tracker. After step 3, since until then the directory of that name is the earlier save.
     pending = root / NEXT_TRACKER
     storage.write(pending, [f"{manifest.iteration}\n".encode()])
     storage.sync(root)
-    # 5. The checkpoint appears, 6. and is announced. Each rename is synced before the next.
+    # 5. Rename the checkpoint, 6. then the tracker. `rename` syncs the directory each time.
     storage.rename(temporary, final)
     storage.rename(pending, root / TRACKER)
 
@@ -221,38 +224,38 @@ def _warn(path: Path, error: OSError) -> None:
 def retire_old_checkpoints(
     root: Path, newest: int, keep_last: int | None, keep_every: int | None, storage: Storage
 ) -> list[Path]:
-    """Rename old checkpoints and leftovers so that nobody finds them. What cannot be renamed is logged and stays.
+    """Rename old checkpoints and leftovers of crashed saves to names that no load looks for. A failed rename is logged.
 
-    Called when `newest` is complete, and nothing is being written.
+    Call this when `newest` is complete and no save is in progress.
 
     Args:
-        root: the directory of checkpoints.
-        newest: iteration that was just saved. Later ones are left alone.
-        keep_last: number of the newest whole checkpoints that stay, `newest` among them; None: all.
-        keep_every: multiples of it stay too.
-        storage: the disk.
+        root: directory of checkpoints.
+        newest: iteration that was just saved. Later iterations are left alone.
+        keep_last: number of the newest complete checkpoints to keep, including `newest`; None: all.
+        keep_every: iterations divisible by it are kept as well.
+        storage: file system operations.
 
     Returns:
-        Directories to be deleted, under names that no save ever uses, since the deletion may last into later ones.
+        The renamed directories, to be deleted. No save uses their names, so the deletion may overlap with later saves.
     """
-    # Renamed at once, deleted later, so that a directory under its own name is never half there.
+    # Renamed now and deleted later, so that a half-deleted directory never has a checkpoint's name.
     older = [item for item in reversed(iteration_directories(root).items()) if item[0] < newest] if keep_last else []
     kept = 1
     for number, path in older:
-        # Damaged ones neither go nor count: whole ones that a run may need stay however many of them there are.
-        spare = kept >= (keep_last or 0)
-        if (spare and keep_every and number % keep_every == 0) or not _is_complete(path):
+        # Damaged checkpoints are neither retired nor counted, so that they never displace a complete one.
+        enough_kept = kept >= (keep_last or 0)
+        if (enough_kept and keep_every and number % keep_every == 0) or not _is_complete(path):
             continue
-        if spare:
+        if enough_kept:
             rename_for_deletion(path, number, root, storage)
         kept += 1
-    return _leftovers(root, storage)
+    return _retire_leftovers(root, storage)
 
 
-def _leftovers(root: Path, storage: Storage) -> list[Path]:
-    """Retire what a crash left or a second save replaced, and return all retired directories.
+def _retire_leftovers(root: Path, storage: Storage) -> list[Path]:
+    """Retire unfinished saves and replaced checkpoints, and return all retired directories.
 
-    A directory with files that no checkpoint has is left alone, as is one whose successor is not whole.
+    A replaced checkpoint stays if it contains files that no checkpoint has, or if its replacement is not complete.
     """
     for path in sorted(root.iterdir()):
         unfinished, directory = UNFINISHED.fullmatch(path.name), DIRECTORY.fullmatch(path.name)
@@ -264,19 +267,19 @@ def _leftovers(root: Path, storage: Storage) -> list[Path]:
 
 
 def rename_for_deletion(path: Path, number: int, root: Path, storage: Storage) -> None:
-    """Rename a directory so that nobody finds it and the next deletion takes it. What cannot be renamed is logged and stays.
+    """Retire a directory: rename it so that no load finds it and the next deletion removes it. A failed rename is logged.
 
     Args:
         path: the directory.
         number: its iteration.
-        root: the directory of checkpoints.
-        storage: the disk.
+        root: directory of checkpoints.
+        storage: file system operations.
     """
-    doomed = root / f".{directory_name(number)}.deleted"
-    if doomed.exists():  # it is being deleted; the next time
+    retired = root / f".{directory_name(number)}.deleted"
+    if retired.exists():  # an earlier directory of this iteration is still being deleted; the next call retires this one
         return
     try:
-        storage.rename(path, doomed)
+        storage.rename(path, retired)
     except OSError as error:
         _warn(path, error)
 
@@ -290,7 +293,7 @@ def _is_complete(path: Path) -> bool:
 
 
 def delete_retired(paths: list[Path], storage: Storage) -> None:
-    """Delete retired directories. What cannot be deleted is logged and stays until the next time."""
+    """Delete retired directories. A failed deletion is logged, and the directory stays until the next call."""
     for path in paths:
         _discard(storage, path)
 
@@ -299,11 +302,11 @@ def prune(root: Path, newest: int, keep_last: int | None, keep_every: int | None
     """Retire old checkpoints and delete them at once.
 
     Args:
-        root: the directory of checkpoints.
+        root: directory of checkpoints.
         newest: iteration that was just saved.
-        keep_last: number of the newest whole checkpoints that stay; None: all.
-        keep_every: multiples of it stay too.
-        storage: the disk.
+        keep_last: number of the newest complete checkpoints to keep; None: all.
+        keep_every: iterations divisible by it are kept as well.
+        storage: file system operations; None: the real ones.
     """
     storage = storage or Storage()
     try:

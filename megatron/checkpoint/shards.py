@@ -1,7 +1,7 @@
-"""Arithmetic of the rectangles that tensors are saved in: what to copy where, who writes what. Pure: numbers in, numbers out.
+"""Arithmetic of the rectangles in which tensors are saved: which slices to copy, and which rank writes which piece.
 
-A tensor lies in a checkpoint as disjoint rectangles ("pieces") that together are the whole. A rank that loads wants one
-rectangle of its own, cut for another layout. Everything about going from any layout to any other is here.
+A checkpoint stores a tensor as disjoint rectangles ("pieces") that together cover it. A loading rank needs one rectangle of
+its own, which another parallel layout may cut differently. The functions here have no side effects.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ if TYPE_CHECKING:
     from megatron.parallel.spec import Part
 
 Slices = tuple[slice, ...]
-MAX_COMPARISONS = 1_000_000  # pairs that are compared to name the two that overlap
+MAX_COMPARISONS = 1_000_000  # pairs of pieces compared to find an overlap for an error message
 
 
 @dataclass(frozen=True)
 class Copy:
-    """Copy from `source` of saved piece number `piece` to `target` of the wanted rectangle, each relative to its own start."""
+    """Copy from saved piece number `piece` to a wanted rectangle.
+
+    source, target: slices of the piece and of the wanted rectangle, each relative to its own start.
+    """
 
     piece: int
     source: Slices
@@ -36,15 +39,15 @@ class Copy:
 
 
 def overlap(piece: int, saved: Part, wanted: Part) -> Copy | None:
-    """Return the copy of what one saved piece holds of a wanted rectangle; None when they have no element in common.
+    """Return the copy of the elements that a saved piece shares with a wanted rectangle; None if they share none.
 
     Args:
         piece: number of the saved piece.
-        saved: its rectangle of the whole tensor.
-        wanted: another rectangle of it.
+        saved: the piece's rectangle of the whole tensor.
+        wanted: the wanted rectangle of the same tensor.
     """
     source, target = [], []
-    # Rectangles meet where their intervals [a, a + n) and [b, b + m) do in every dimension; two scalars always meet.
+    # Rectangles overlap if their intervals [a, a + n) and [b, b + m) overlap in every dimension; scalars always do.
     for a, n, b, m in zip(saved.start, saved.shape, wanted.start, wanted.shape, strict=True):
         low, high = max(a, b), min(a + n, b + m)
         if low >= high:
@@ -57,19 +60,19 @@ def overlap(piece: int, saved: Part, wanted: Part) -> Copy | None:
 def find_copies(wanted: Part, saved: Sequence[Part]) -> list[Copy]:
     """Return the copies that fill `wanted` from pieces that tile the whole tensor (see `coverage_error`).
 
-    ValueError when the pieces leave some of it open.
+    ValueError when the pieces do not cover all of it.
     """
-    # Since pieces are disjoint, the elements that they give are different ones, and counting them is enough.
-    found = [c for c in (overlap(i, piece, wanted) for i, piece in enumerate(saved)) if c is not None]
-    if sum(c.elements for c in found) != prod(wanted.shape):
+    # Since pieces are disjoint, no element is copied twice, and comparing the number of elements is enough.
+    copies = [c for c in (overlap(i, piece, wanted) for i, piece in enumerate(saved)) if c is not None]
+    if sum(c.elements for c in copies) != prod(wanted.shape):
         raise ValueError(f"the pieces do not cover {wanted.shape} at {wanted.start}")
-    return found
+    return copies
 
 
 def coverage_error(shape: tuple[int, ...], pieces: Sequence[Part]) -> str | None:
-    """Return why `pieces` are no disjoint cover of a tensor of `shape`; None when they are one.
+    """Return why `pieces` are not a disjoint cover of a tensor of `shape`; None if they are one.
 
-    Takes a time in proportion to the pieces, however they lie: the list can come from a hostile file.
+    The time is linear in the number of pieces, even if the list comes from a hostile file.
     """
     for piece in pieces:
         if len(piece.start) != len(shape) or len(piece.shape) != len(shape):
@@ -78,18 +81,21 @@ def coverage_error(shape: tuple[int, ...], pieces: Sequence[Part]) -> str | None
             return f"the piece {piece.shape} at {piece.start} lies outside {shape}"
     if _corners((p.start, p.shape) for p in pieces) == _corners([((0,) * len(shape), shape)]):
         return None
-    # Only the message is left to find. Naming two that overlap can take long, so that search is bounded.
-    for first, second in _overlapping(pieces):
+    # The cover is wrong; the rest only finds a precise message. The search for an overlap could be slow, so it is bounded.
+    for first, second in _overlapping_pairs(pieces):
         return f"the pieces at {first.start} and {second.start} overlap"
-    held, whole = sum(prod(p.shape) for p in pieces), prod(shape)
-    return f"the pieces hold {held} of {whole} elements" if held != whole else "pieces overlap"
+    covered, total = sum(prod(p.shape) for p in pieces), prod(shape)
+    return f"the pieces hold {covered} of {total} elements" if covered != total else "pieces overlap"
 
 
 def _corners(rectangles: Iterable[tuple[tuple[int, ...], tuple[int, ...]]]) -> dict[tuple[int, ...], int]:
-    """Add up the corners of rectangles (start, shape), each +1 or -1 by the number of its upper bounds; without zeros."""
-    # In one dimension a piece is a step up where it starts and a step down where it ends, and the steps added up say how often
-    # each place is covered. In n dimensions the 2^n corners do: they are the finite differences of the indicator function, and
-    # sums of these give it back. So pieces cover a rectangle once, and nothing else, exactly when their corners are its own.
+    """Return the sum of the signs of rectangles (start, shape) at each corner, where it is not zero.
+
+    A corner's sign is +1 or -1, for an even or odd number of coordinates at the upper bound.
+    """
+    # In one dimension a piece is +1 at its start and -1 at its end, and the running sum is how often each element is covered.
+    # In n dimensions the signs at the 2^n corners are the finite differences of the indicator function, which their running
+    # sums restore. So pieces cover a rectangle exactly once, and nothing else, if and only if their signs sum to its own.
     total: Counter[tuple[int, ...]] = Counter()
     for start, shape in rectangles:
         for upper in product((0, 1), repeat=len(shape)):
@@ -98,43 +104,43 @@ def _corners(rectangles: Iterable[tuple[tuple[int, ...], tuple[int, ...]]]) -> d
     return {corner: sign for corner, sign in total.items() if sign}
 
 
-def _overlapping(pieces: Sequence[Part]) -> Iterator[tuple[Part, Part]]:
-    """Yield pairs with an element in common, among those that a bounded search compares."""
-    # A sweep along the first dimension: `live` are the pieces that reach as far as the current one begins.
-    live: list[Part] = []
-    left = MAX_COMPARISONS
+def _overlapping_pairs(pieces: Sequence[Part]) -> Iterator[tuple[Part, Part]]:
+    """Yield overlapping pairs of pieces, until MAX_COMPARISONS pairs have been compared."""
+    # A sweep along the first dimension: `active` are the earlier pieces that end after the start of the current one.
+    active: list[Part] = []
+    comparisons_left = MAX_COMPARISONS
     for piece in sorted(pieces, key=lambda p: p.start):
         if piece.start:
-            live = [p for p in live if p.start[0] + p.shape[0] > piece.start[0]]
-        left -= len(live)
-        if left < 0:
+            active = [p for p in active if p.start[0] + p.shape[0] > piece.start[0]]
+        comparisons_left -= len(active)
+        if comparisons_left < 0:
             return
-        for other in live:
+        for other in active:
             if overlap(0, other, piece) is not None:
                 yield other, piece
-        live.append(piece)
+        active.append(piece)
 
 
 def assign_evenly(sizes: Sequence[int], holders: Sequence[Sequence[int]]) -> list[int]:
-    """Choose one holder of each piece, so that bytes are spread evenly. The same input gives the same answer everywhere.
+    """Assign each piece to one of its holders, so that bytes are spread evenly. Deterministic, so that all ranks agree.
 
-    sizes: bytes of each piece. holders: the ranks that hold each. Returns a rank for each piece.
+    sizes: bytes of each piece. holders: ranks that could take each piece. Returns the chosen rank for each piece.
     """
-    # The heaviest piece first, to the least loaded of its holders (Graham's LPT rule for list scheduling). Pieces with the same
-    # holders share one heap of (load, rank), so a thousand replicas cost a logarithm.
+    # The largest piece first, to the least loaded of its holders (Graham's LPT rule for list scheduling). Pieces with the same
+    # holders share a heap of (load, rank), so that an assignment takes logarithmic time in the number of holders.
     load: dict[int, int] = {}
     queues: dict[tuple[int, ...], list[tuple[int, int]]] = {}
-    writers = [0] * len(sizes)
+    chosen = [0] * len(sizes)
     for piece in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
         ranks = tuple(holders[piece])
         if ranks not in queues:
             queues[ranks] = sorted((load.get(r, 0), r) for r in ranks)
         queue = queues[ranks]
-        while queue[0][0] != load.get(queue[0][1], 0):  # the rank got work through another queue meanwhile
+        while queue[0][0] != load.get(queue[0][1], 0):  # outdated: the rank was assigned a piece through another queue
             rank = queue[0][1]
             heapq.heapreplace(queue, (load.get(rank, 0), rank))
         rank = queue[0][1]
         load[rank] = load.get(rank, 0) + sizes[piece]
         heapq.heapreplace(queue, (load[rank], rank))
-        writers[piece] = rank
-    return writers
+        chosen[piece] = rank
+    return chosen

@@ -1,6 +1,6 @@
-"""Operations of a checkpoint on a file system, each durable when it returns, and safetensors files as a stream of bytes.
+"""File system operations of checkpoints, and the safetensors format as a stream of bytes.
 
-One object stands between the checkpoint and the disk, so that a test can fail or die at every single step.
+All changes of a save to the disk go through one `Storage` object, so that a test can make every single step fail or die.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import Tensor
 
 from megatron.files.regular import open_regular
 
-# The codes of the safetensors format.
-DTYPES: dict[torch.dtype, str] = {
+# Names of dtypes in the safetensors format.
+CODE_FROM_DTYPE: dict[torch.dtype, str] = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -37,10 +37,10 @@ DTYPES: dict[torch.dtype, str] = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-TORCH_DTYPES = {code: dtype for dtype, code in DTYPES.items()}
+DTYPE_FROM_CODE = {code: dtype for dtype, code in CODE_FROM_DTYPE.items()}
 
-CHUNK_BYTES = 1 << 24  # 16 MiB: what is hashed and written at once fits into a processor's cache
-MIN_THREADED_BYTES = 1 << 18  # below it, handing a chunk to another thread takes longer than hashing it
+CHUNK_BYTES = 1 << 24  # 16 MiB, so that a chunk is still in the processor's cache when it is read for the second time
+MIN_THREADED_BYTES = 1 << 18  # handing a smaller chunk to another thread takes longer than hashing it
 
 
 @dataclass(frozen=True)
@@ -52,34 +52,34 @@ class FileRecord:
 
 
 class Storage:
-    """Local or mounted POSIX file system. OSError passes through."""
+    """Operations on a local or mounted POSIX file system. All of them may raise OSError."""
 
     def make_directory(self, path: Path) -> None:
-        """Create `path` and its parents; no error when it is there."""
+        """Create `path` and its parents, if they do not exist."""
         path.mkdir(parents=True, exist_ok=True)
 
     def free_bytes(self, path: Path) -> int | None:
-        """Return the bytes that may still be written under `path`; None when the file system does not say."""
-        about = os.statvfs(path)
-        return about.f_bavail * about.f_frsize if about.f_blocks else None
+        """Return the free bytes of the file system of `path`; None if it does not report them."""
+        stats = os.statvfs(path)
+        return stats.f_bavail * stats.f_frsize if stats.f_blocks else None
 
     def write(self, path: Path, chunks: Iterable[bytes | memoryview]) -> FileRecord:
-        """Write a file and wait until the disk has it. Returns its size and checksum."""
-        # A second thread hashes a large chunk while this one writes it. Neither holds Python's lock meanwhile.
+        """Write a file, flush it to disk, and return its size and checksum."""
+        # A second thread hashes a large chunk while this thread writes it. Hashing and writing both release the GIL.
         digest, size = hashlib.sha256(), 0
-        with open(path, "wb", buffering=0, opener=_no_link) as file, ThreadPoolExecutor(1) as hasher:
+        with open(path, "wb", buffering=0, opener=_open_without_links) as file, ThreadPoolExecutor(1) as hasher:
             hashed: Future[None] | None = None
             for chunk in _split_chunks(chunks):
                 if hashed is not None:
-                    hashed.result()  # in order: a digest takes the chunks as they follow one another
+                    hashed.result()  # the digest must be updated in the order of the chunks
                 hashed = None
                 if len(chunk) < MIN_THREADED_BYTES:
                     digest.update(chunk)
                 else:
                     hashed = hasher.submit(digest.update, chunk)
-                left = chunk
-                while left:  # an unbuffered file may take a part
-                    left = left[file.write(left) or 0 :]
+                unwritten = chunk
+                while unwritten:  # an unbuffered write may be partial
+                    unwritten = unwritten[file.write(unwritten) or 0 :]
                 size += len(chunk)
             if hashed is not None:
                 hashed.result()
@@ -87,7 +87,7 @@ class Storage:
         return FileRecord(size, digest.hexdigest())
 
     def sync(self, path: Path) -> None:
-        """Wait until the disk has a file's bytes, or a directory's entries."""
+        """Flush a file's bytes or a directory's entries to disk."""
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -95,46 +95,49 @@ class Storage:
             os.close(handle)
 
     def rename(self, source: Path, target: Path) -> None:
-        """Give `source` the name `target`, atomically, replacing a file of that name."""
+        """Rename `source` to `target` atomically, replacing a file of that name, and flush the directory to disk."""
         os.replace(source, target)
         self.sync(target.parent)
 
     def remove(self, path: Path) -> None:
-        """Delete a file or a whole directory; no error when it is not there, or when another deletes it as well."""
+        """Delete a file or a directory tree. It may be missing already, and another process may be deleting it too."""
         while path.is_dir() and not path.is_symlink():
             with suppress(FileNotFoundError):
                 shutil.rmtree(path)
         path.unlink(missing_ok=True)
 
 
-def _no_link(path: str, flags: int) -> int:
-    """Open a file itself, never what a link points to: where many may write, somebody can have put a link in its place."""
+def _open_without_links(path: str, flags: int) -> int:
+    """Open a file, but never through a symlink, which someone may have planted in a shared directory."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _split_chunks(chunks: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
     """Yield the same bytes in chunks of at most CHUNK_BYTES."""
-    # So both threads are at work all the time, and what both need is in the cache.
+    # Small chunks keep both threads busy and stay in the processor's cache.
     for chunk in chunks:
         view = memoryview(chunk)
         for start in range(0, len(view), CHUNK_BYTES):
             yield view[start : start + CHUNK_BYTES]
 
 
-def hash_file(path: Path, tell: Callable[[str], None] = lambda what: None) -> FileRecord:
-    """Return size and sha256 of a file. OSError when it cannot be read. tell: is called with a line after every chunk."""
+def hash_file(path: Path, report: Callable[[str], None] = lambda progress: None) -> FileRecord:
+    """Return size and sha256 of a file. OSError if it cannot be read. report: called with a line of progress per chunk."""
     digest, size = hashlib.sha256(), 0
     with open_regular(path) as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
             size += len(chunk)
-            tell(f"comparing {path} with its checksum, after {size} bytes")
+            report(f"hashing {path} after {size} bytes")
     return FileRecord(size, digest.hexdigest())
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Tensor of a safetensors file to be. `data` is called when its turn comes, so that one tensor is held at a time."""
+    """Tensor to be written to a safetensors file.
+
+    data: function that returns the tensor. It is called only when the tensor is written, so that one copy exists at a time.
+    """
 
     key: str
     dtype: torch.dtype
@@ -143,27 +146,27 @@ class TensorEntry:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the tensor in the file."""
+        """Number of bytes of the tensor in the file."""
         return prod(self.shape) * self.dtype.itemsize
 
 
 def sort_for_file(entries: Iterable[TensorEntry]) -> list[TensorEntry]:
-    """Return the entries as they follow one another in a file: the widest types first, so that every tensor is aligned."""
+    """Return the entries in the order of the file: the widest dtypes first, so that every tensor is aligned."""
     return sorted(entries, key=lambda e: (-e.dtype.itemsize, e.key))
 
 
 def stream_safetensors(entries: Sequence[TensorEntry], metadata: dict[str, str] | None = None) -> Iterator[bytes | memoryview]:
     """Yield the bytes of a safetensors file, one tensor after the other (format: huggingface/safetensors, README).
 
-    ValueError when `data` gives another shape or type.
+    ValueError when an entry's `data` returns another shape or dtype than the entry.
     """
-    # Not by the package, which wants all tensors in memory at once.
+    # The safetensors package is not used, because it needs all tensors in memory at once.
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     offset = 0
     ordered = sort_for_file(entries)
     for entry in ordered:
         end = offset + entry.bytes
-        header[entry.key] = {"dtype": DTYPES[entry.dtype], "shape": list(entry.shape), "data_offsets": [offset, end]}
+        header[entry.key] = {"dtype": CODE_FROM_DTYPE[entry.dtype], "shape": list(entry.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the header is padded, so that the tensors behind it are aligned

@@ -12,7 +12,7 @@ from megatron.parallel.spec import Shard, param_spec
 
 
 class ModuleWeights:
-    """Part of a checkpoint that holds the parameters of one or several modules: a rank's stages, without an optimizer."""
+    """Checkpoint part with the parameters of one or more modules, such as a rank's pipeline stages, and no optimizer state."""
 
     def __init__(self, *modules: nn.Module) -> None:
         self.parameters = [p for module in modules for p in module.parameters()]
@@ -20,14 +20,17 @@ class ModuleWeights:
     def shards(self) -> Iterator[Shard]:
         for parameter in self.parameters:
             spec = param_spec(parameter)
-            # The part alone, without the rows that pad a vocabulary, shares the parameter's memory: loading fills it in place.
+            # `spec.local` is a view without the padding rows of a vocabulary, so that loading fills the parameter in place.
             yield Shard(spec.name, spec.shape, spec.part, spec.split_over, spec.local(parameter.detach()))
 
     def scalars(self) -> dict[str, Any]:
         return {}
 
     def load_scalars(self, values: Mapping[str, Any]) -> None:
-        """Zero the parameters' padding, which no checkpoint holds. Called when the shards are filled."""
+        """Zero the padding rows of the parameters: there are no scalars to load, and checkpoints do not contain padding.
+
+        The loader calls this after it has filled the shards.
+        """
         with torch.no_grad():
             for parameter in self.parameters:
                 spec = param_spec(parameter)

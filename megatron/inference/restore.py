@@ -13,7 +13,7 @@ from megatron.checkpoint.find import find_checkpoint
 from megatron.checkpoint.layout import CONFIG, CheckpointError, Manifest, read_manifest
 from megatron.checkpoint.load import load
 from megatron.checkpoint.model_config import read_model_config
-from megatron.checkpoint.storage import TORCH_DTYPES
+from megatron.checkpoint.storage import DTYPE_FROM_CODE
 from megatron.checkpoint.tokenizer import open_tokenizer
 from megatron.checkpoint.weights import ModuleWeights
 from megatron.config.schema import ModelConfig
@@ -131,7 +131,7 @@ def _stages(
             plan.parts,
             TensorParallel(mesh.tp),
             mesh.pp.rank,
-            dtype=dtype or TORCH_DTYPES[word.dtype],
+            dtype=dtype or DTYPE_FROM_CODE[word.dtype],
             device=device,
         )
     except ValueError as error:

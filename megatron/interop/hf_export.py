@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron.checkpoint.layout import CheckpointError, Manifest, verify
 from megatron.checkpoint.load import read_tensor
 from megatron.checkpoint.model_config import read_model_config
-from megatron.checkpoint.storage import TORCH_DTYPES, Storage, TensorEntry, stream_safetensors
+from megatron.checkpoint.storage import DTYPE_FROM_CODE, Storage, TensorEntry, stream_safetensors
 from megatron.config.schema import ModelConfig
 from megatron.interop.families.family import HFClass
 from megatron.interop.families.table import family_for_export
@@ -169,7 +169,7 @@ def export_weights(
     hf_class = family.exported_class(config)
     if MODEL_PREFIX + "embedding.word.weight" not in manifest.tensors:
         raise CheckpointError(f"{checkpoint}: it holds no model, there is no {MODEL_PREFIX}embedding.word.weight")
-    dtypes = [TORCH_DTYPES[record.dtype] for name, record in manifest.tensors.items() if name.startswith(MODEL_PREFIX)]
+    dtypes = [DTYPE_FROM_CODE[record.dtype] for name, record in manifest.tensors.items() if name.startswith(MODEL_PREFIX)]
     dtype = dtype or reduce(torch.promote_types, dtypes)
     storage = Storage()
     write_tensor_files(storage, out, plan_tensors(checkpoint, manifest, config, hf_class, dtype), shard_bytes)

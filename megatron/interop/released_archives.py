@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.layout import CheckpointError
-from megatron.checkpoint.storage import DTYPES, Storage, TensorEntry
+from megatron.checkpoint.storage import CODE_FROM_DTYPE, Storage, TensorEntry
 from megatron.config.resolve import resolve_model
 from megatron.config.schema import ModelConfig, ModelSettings
 from megatron.files.regular import check_regular, error_reason, read_json
@@ -353,6 +353,6 @@ def _tensor_groups(model: ReleasedModel, kind: ReleasedKind) -> list[TensorGroup
 
 def _tensor_entry(name: str, tensor: Tensor) -> TensorEntry:
     """Return the entry of a tensor in a safetensors file. CheckpointError for a type that the format does not have."""
-    if tensor.dtype not in DTYPES:
+    if tensor.dtype not in CODE_FROM_DTYPE:
         raise CheckpointError(f"{name}: {tensor.dtype} cannot be written")
     return TensorEntry(name, tensor.dtype, tuple(tensor.shape), lambda: tensor)

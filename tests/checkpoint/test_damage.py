@@ -245,14 +245,14 @@ def test_find_takes_the_newest_whole_one_and_says_what_it_passed_over(saved, tmp
     tracker = run / "latest_checkpointed_iteration.txt"
     tracker.unlink() if text is None else tracker.write_text(text)
     said = []
-    assert find_checkpoint(run, tell=said.append) == run / "iter_0000100"
+    assert find_checkpoint(run, report=said.append) == run / "iter_0000100"
     why = {None: "", "150": "it names iteration 150, which is not there", "200": ""}.get(text, "expected an iteration number")
     first, last = said if why else ("", *said)
     assert why in first and ("iter_0000200: it has no manifest.json" if text != "150" else "150; 200 is later") in last
     with pytest.raises(CheckpointError, match=why or "no manifest.json"):  # what is meant, and it is not whole
-        verify(find_checkpoint(run, whole=False))
+        verify(find_checkpoint(run, skip_damaged=False))
     shutil.rmtree(run / "iter_0000100")
-    with pytest.raises(CheckpointError, match=f"no checkpoint is whole: .*{why}.*has no manifest.json.*Iterations there: 200"):
+    with pytest.raises(CheckpointError, match=f"is complete: .*{why}.*has no manifest.json.*Iterations there: 200"):
         find_checkpoint(run)
 
 

@@ -193,7 +193,7 @@ def hashed(directory: str) -> list[str]:
     from megatron.checkpoint import layout
 
     read, hash_file = [], layout.hash_file
-    layout.hash_file = lambda path, tell: read.append(path.name) or hash_file(path, tell)
+    layout.hash_file = lambda path, report: read.append(path.name) or hash_file(path, report)
     try:
         world = Mesh.build(Grid(dp=2), torch.distributed.get_rank()).world
         verify_on_all_ranks(Path(directory), world)

@@ -101,7 +101,7 @@ def test_a_pickle_under_any_name_is_not_run(run, tmp_path, name, form):
         torch.save({"model": Canary(canary)}, path)
     if name.startswith("../"):
         said: list[str] = []
-        assert newest_complete(run).path == find_checkpoint(run, tell=said.append) == directory
+        assert newest_complete(run).path == find_checkpoint(run, report=said.append) == directory
         assert "latest_checkpointed_iteration.txt: " in said[0]
     else:
         for vouched in (False, True)[: 1 if name == "manifest.json" else 2]:

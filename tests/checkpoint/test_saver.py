@@ -246,7 +246,7 @@ def test_comparing_says_how_far_it_has_come(tmp_path):
     read = {
         name
         for name in read_manifest(directory).files
-        if any(f"{name} with its checksum, after" in what for what, _ in heard.said)
+        if any(f"hashing {directory / name} after" in what for what, _ in heard.said)
     }
     assert read == set(read_manifest(directory).files) and all(alone for _, alone in heard.said)
 

@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 
-from megatron.checkpoint.snapshot import _host_memory
+from megatron.checkpoint.snapshot import _allocate_host_memory
 
 CUDA = torch.device("cuda")
 OUT_OF_MEMORY = 2
@@ -53,14 +53,14 @@ def test_a_refusal_leaves_no_error_for_the_next_kernel(monkeypatch, asked):
     """asked: whether the runtime can be asked for its error, which torch's binding cannot."""
     runtime = FakeCudaRuntime(OUT_OF_MEMORY, asked=asked)
     monkeypatch.setattr(torch, "ones", kernel(runtime))
-    buffer = _host_memory(1000, CUDA, runtime)
+    buffer = _allocate_host_memory(1000, CUDA, runtime)
     assert buffer.numel() == 1000 and not runtime.pinned
     torch.ones(1, device=CUDA)  # raises where the error is still there
 
 
 def test_pinned_as_long_as_it_lives():
     runtime = FakeCudaRuntime(0)
-    buffer = _host_memory(1000, CUDA, runtime)
+    buffer = _allocate_host_memory(1000, CUDA, runtime)
     assert runtime.pinned == {buffer.data_ptr(): 1000}
     gone = weakref.ref(buffer)
     del buffer
@@ -69,4 +69,4 @@ def test_pinned_as_long_as_it_lives():
 
 
 def test_a_cpu_pins_nothing():
-    assert _host_memory(10, torch.device("cpu"), FakeCudaRuntime(OUT_OF_MEMORY)).numel() == 10
+    assert _allocate_host_memory(10, torch.device("cpu"), FakeCudaRuntime(OUT_OF_MEMORY)).numel() == 10

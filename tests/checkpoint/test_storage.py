@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from megatron.checkpoint import storage
 from megatron.checkpoint.snapshot import Snapshot
-from megatron.checkpoint.storage import DTYPES, Storage, TensorEntry, hash_file, stream_safetensors
+from megatron.checkpoint.storage import CODE_FROM_DTYPE, Storage, TensorEntry, hash_file, stream_safetensors
 
 
 def entry(key, tensor):
@@ -23,7 +23,7 @@ def entry(key, tensor):
 
 def test_every_type_and_shape_comes_back(tmp_path):
     """Odd numbers of narrow elements come between wide ones: each must still start at a multiple of its own width."""
-    tensors = {f"{i}{DTYPES[d]}": (torch.randn(3, 5) * 9).to(d) for i, d in enumerate(DTYPES)}
+    tensors = {f"{i}{CODE_FROM_DTYPE[d]}": (torch.randn(3, 5) * 9).to(d) for i, d in enumerate(CODE_FROM_DTYPE)}
     tensors |= {"scalar": torch.tensor(7), "empty": torch.zeros(0, 3), "view": torch.arange(12.0).reshape(3, 4).t()[1:, :2]}
     record = Storage().write(tmp_path / "x", stream_safetensors([entry(k, t) for k, t in tensors.items()], {"format": "pt"}))
     assert record == hash_file(tmp_path / "x") and record.bytes == (tmp_path / "x").stat().st_size

@@ -45,7 +45,7 @@ def test_the_newest_of_a_run_that_was_wound_back(tmp_path):
     copy_without_times(tmp_path, tmp_path / "copy")
     for root in (tmp_path, tmp_path / "copy"):
         newest = newest_complete(root)
-        assert newest.path == root / "iter_0000400" and "iteration 200; the save of 400 after it was finished" in newest.note
+        assert newest.path == root / "iter_0000400" and "iteration 200; the save of 400 was finished after it" in newest.note
     tracker.write_text("")
     newest = newest_complete(tmp_path)
     assert newest.path == tmp_path / "iter_0000400" and "expected an iteration number, found ''" in newest.skipped[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron.checkpoint.snapshot import Snapshot, _host_memory
+from megatron.checkpoint.snapshot import Snapshot, _allocate_host_memory
 from megatron.checkpoint.storage import TensorEntry
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
@@ -46,6 +46,6 @@ class RuntimePinningTwice:
 
 
 def test_a_refused_registration_leaves_no_error() -> None:
-    buffer = _host_memory(1 << 20, torch.device("cuda"), RuntimePinningTwice())
+    buffer = _allocate_host_memory(1 << 20, torch.device("cuda"), RuntimePinningTwice())
     assert not buffer.is_pinned()
     assert torch.ones(3, device="cuda").sum().item() == 3.0
