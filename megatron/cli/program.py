@@ -208,9 +208,9 @@ def resume_after_restart(parsed: Parsed, env: LaunchEnvironment) -> Parsed | Non
     if checkpoint.auto_resume:
         return parsed
     line = f"restart {env.attempt} by torchrun: "
-    from megatron.train.continuation import latest_announced
+    from megatron.train.continuation import iteration_in_tracker
 
-    if ours and latest_announced(checkpoint.save) != progress.tracker:
+    if ours and iteration_in_tracker(checkpoint.save) != progress.tracker:
         line += "going on from the newest checkpoint of --save, as with --auto-resume"
         checkpoint = replace(checkpoint, auto_resume=True, overwrite=False)
         parsed = replace(parsed, config=replace(parsed.config, checkpoint=checkpoint))

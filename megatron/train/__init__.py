@@ -1,1 +1,1 @@
-"""Putting it together: building a run, the step, the loop, evaluation, what is reported."""
+"""Build and run a training job: steps, the loop, evaluations, checkpoints, reports."""

@@ -1,4 +1,4 @@
-"""Decide whether a run continues the one in --save; open or move the files there accordingly."""
+"""Decide whether a run continues the run saved in --save; open its files or move them aside accordingly."""
 
 from __future__ import annotations
 
@@ -27,56 +27,56 @@ def save_directory(config: RunConfig) -> str | None:
 
 
 def continues_run(source: StateSource, config: RunConfig) -> bool:
-    """Return whether this process continues the run of --save, rather than starting another one beside it.
+    """Return whether this process continues the run saved in --save, rather than starting a new one.
 
-    A run that continues drops the metrics that were written after its checkpoint, since it will write them again.
+    A continued run removes the metrics that were written after its checkpoint, since it will write them again.
     """
     save = save_directory(config)
     if save is None:
         return False
-    if source.directory is None:  # the run was killed before its first checkpoint
+    if source.directory is None:  # the run in --save may have been killed before its first checkpoint
         return config.checkpoint.auto_resume or config.checkpoint.load is not None
     # Resolved, since --load and --save may name the same directory by different paths.
     return source.progress and source.directory.resolve().parent == Path(save).resolve()
 
 
 def is_trained(source: StateSource, run: Run) -> bool:
-    """Return whether the checkpoint already holds the last iteration of the run."""
+    """Return whether the checkpoint is one of the last iteration, so that nothing is left to train."""
     total = run.config.batch.iterations
     return source.progress and not run.config.eval.skip_train and run.state.iteration >= total
 
 
 def first_rank_decides(run: Run, answer: bool) -> bool:
-    """Return the first rank's answer on all ranks, since each may see a file at another moment. Collective."""
-    vote = torch.tensor(int(answer and run.job.is_main), device=run.job.device)  # scalar; 0 on all other ranks
+    """Return the first rank's answer on all ranks, since the ranks may have read a file at different times. Collective."""
+    vote = torch.tensor(int(answer and run.job.is_main), device=run.job.device)  # scalar, 0 on all ranks but the first
     return bool(all_reduce(vote, run.mesh.world, "max").item())
 
 
 def set_other_run_aside(run: Run, source: StateSource, out: TextIO | None) -> None:
-    """Move the files of another run in --save aside when this run starts a new one there. Collective.
+    """If --save contains the files of another run, move them aside before this run saves there. Collective.
 
     Args:
-        run: the run.
-        source: the checkpoint that it starts from.
+        run: the run that is about to start.
+        source: the checkpoint that the run starts from.
         out: the console; None on all ranks but the first.
     """
     config, save = run.config, save_directory(run.config)
     if config.checkpoint.overwrite and out is not None and config.log.metrics_path is not None:
-        print_lines(out, *filter(None, [set_metrics_aside(Path(config.log.metrics_path), config.checkpoint.save)]))
+        print_lines(out, set_metrics_aside(Path(config.log.metrics_path), config.checkpoint.save))
     if save is not None and starts_beside_another_run(source, config):
-        # The first rank moves the files; `together` raises its error on all ranks.
-        aside = partial(set_run_aside, Path(save), config.log.metrics_path)
-        print_lines(out, *filter(None, [run_on_all_ranks(run.mesh.world, lambda: aside() if run.job.is_main else None)]))
+        # The first rank moves the files; `run_on_all_ranks` raises its error on all ranks.
+        move = partial(set_run_aside, Path(save), config.log.metrics_path)
+        print_lines(out, run_on_all_ranks(run.mesh.world, lambda: move() if run.job.is_main else None))
 
 
-def run_sinks(run: Run, source: StateSource, out: TextIO, *, continues: bool, evaluated: bool) -> list[Sink]:
+def open_run_sinks(run: Run, source: StateSource, out: TextIO, *, continues: bool, evaluated: bool) -> list[Sink]:
     """Open the sinks of a run, on the first rank.
 
     Args:
         run: the run, with its state restored.
         source: the checkpoint that the state comes from.
         out: the console.
-        continues: whether this process continues the run of --save.
+        continues: whether this process continues the run saved in --save.
         evaluated: whether the evaluations due at the restored iteration have been made.
     """
     return open_sinks(
@@ -89,8 +89,8 @@ def run_sinks(run: Run, source: StateSource, out: TextIO, *, continues: bool, ev
     )
 
 
-def latest_announced(save: str | None) -> int | None:
-    """Return the iteration in the tracker file of --save; None when there is none, or it cannot be read."""
+def iteration_in_tracker(save: str | None) -> int | None:
+    """Return the iteration in the tracker file of --save; None if that file is missing or unreadable."""
     with suppress(CheckpointError):
         return latest_iteration(Path(save)) if save is not None else None
     return None

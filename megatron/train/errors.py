@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class TrainingError(Exception):
-    """Training cannot go on; the message says why and what to do. Programs print it and exit with status 1."""
+    """Training cannot continue; the message states the reason and what to do. Programs print it and exit with status 1."""

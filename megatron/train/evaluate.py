@@ -15,7 +15,7 @@ from megatron.train.step import reduce_losses
 
 
 class Loader(Protocol):
-    """A stream of this rank's micro-batches, `data.loader.MicroBatchLoader`."""
+    """Stream of this rank's micro-batches, as `data.loader.MicroBatchLoader` implements it."""
 
     def next_batches(self, global_batch_size: int) -> list[Batch]: ...
 
@@ -38,16 +38,16 @@ def evaluate(
         pipeline: runs the forward passes.
         loader: the held-out micro-batches of this rank.
         mesh: the parallel axes.
-        steps: global batches to evaluate.
-        global_batch_size: samples of each global batch.
-        watch: the watchdog, to which the phases are reported.
+        steps: number of global batches to evaluate.
+        global_batch_size: number of samples in a global batch.
+        watch: the watchdog, to which each phase is reported; None reports to none.
         should_stop: called before each global batch; its answer must be the same on all ranks.
 
     Returns:
         Mean loss over the unmasked tokens, and mean sentence-order loss over the samples, which is 0 without a binary head.
         None if `should_stop` returned true.
     """
-    loss = tokens = order = 0.0
+    lm_sum = tokens = order_sum = 0.0  # order: the loss of BERT's sentence-order prediction
     watch = watch or Watchdog()
     for _ in range(steps):
         if should_stop():
@@ -55,7 +55,7 @@ def evaluate(
         watch.doing("reading held-out data", alone=True)
         batches = loader.next_batches(global_batch_size)
         with torch.no_grad():
-            step_loss, step_tokens, _, step_order = reduce_losses(pipeline.evaluate(batches), mesh)
-        loss, tokens, order = loss + step_loss, tokens + step_tokens, order + step_order
-    # At least 1, since all tokens may be masked.
-    return loss / max(tokens, 1.0), order / max(steps * global_batch_size, 1)
+            step_lm, step_tokens, _, step_order = reduce_losses(pipeline.evaluate(batches), mesh)
+        lm_sum, tokens, order_sum = lm_sum + step_lm, tokens + step_tokens, order_sum + step_order
+    # Divided by at least 1, since all tokens may be masked.
+    return lm_sum / max(tokens, 1.0), order_sum / max(steps * global_batch_size, 1)

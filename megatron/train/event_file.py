@@ -1,7 +1,7 @@
-"""TensorBoard's event file (TFRecords of protocol buffers), written by the training thread itself.
+"""Write TensorBoard's event file (protocol buffers in TFRecords) from the training thread itself.
 
-torch's SummaryWriter writes in a thread of its own. When the disk is full, that thread dies with a traceback and leaves half a
-record, after which TensorBoard reads no further.
+torch's SummaryWriter writes in a thread of its own. When the disk is full, that thread dies with a traceback and leaves a
+partial record, at which TensorBoard stops reading.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron.files.side import SideFile
 
-FLUSH_SECONDS = 10.0  # maximum time that events wait to be written, as long as new ones arrive
+FLUSH_SECONDS = 10.0  # an event added this long after the last flush causes the next one
 
 
 class EventFile:
@@ -22,29 +22,30 @@ class EventFile:
 
     Args:
         directory: the directory of the file.
-        queue: number of events that are collected before they are written together.
-        purge: from this step on, TensorBoard hides the points of earlier files in the directory; None hides nothing.
+        queue_size: number of events that are collected before they are written together.
+        purge_step: from this step on, TensorBoard hides the points of earlier files in the directory; None hides nothing.
 
     Raises:
         ImportError: the package `tensorboard` is not installed.
     """
 
-    def __init__(self, directory: Path, queue: int, purge: int | None) -> None:
+    def __init__(self, directory: Path, queue_size: int, purge_step: int | None) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self._event, self._summary, self._writer, self._queue = Event, Summary, RecordWriter, queue
+        self._event, self._summary, self._record_writer = Event, Summary, RecordWriter
+        self._queue_size = queue_size
         now = time.time()
         name = f"events.out.tfevents.{now:010.0f}.{os.uname().nodename}.{os.getpid()}.{time.monotonic_ns()}"
-        version = {"wall_time": now, "file_version": "brain.Event:2"}
-        self._file = SideFile(directory / name, "TensorBoard's events", self._record(version))
+        version_event = {"wall_time": now, "file_version": "brain.Event:2"}
+        self._file = SideFile(directory / name, "TensorBoard's events", self._record(version_event))
         self._events: list[bytes] = []
-        self._flushed = time.monotonic()
-        if purge is not None:
-            self._events.append(self._record(version | {"step": purge}))
-            start = SessionLog(status=SessionLog.START)
-            self._events.append(self._record({"wall_time": now, "step": purge, "session_log": start}))
+        self._flushed_at = time.monotonic()
+        if purge_step is not None:
+            self._events.append(self._record(version_event | {"step": purge_step}))
+            session_start = SessionLog(status=SessionLog.START)
+            self._events.append(self._record({"wall_time": now, "step": purge_step, "session_log": session_start}))
         self.flush()
 
     def scalar(self, tag: str, value: float, step: int) -> None:
@@ -58,17 +59,17 @@ class EventFile:
         summary = self._summary(value=[self._summary.Value(tag=tag, simple_value=value)])
         self._events.append(self._record({"wall_time": time.time(), "step": step, "summary": summary}))
         # Events are written together, since each write may wait for a file server.
-        if len(self._events) >= self._queue or time.monotonic() - self._flushed >= FLUSH_SECONDS:
+        if len(self._events) >= self._queue_size or time.monotonic() - self._flushed_at >= FLUSH_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Write the collected events, as far as the disk takes them."""
+        """Write the collected events. Those that the disk refuses are written with the next flush."""
         self._file.add(*self._events)
         self._events.clear()
-        self._flushed = time.monotonic()
+        self._flushed_at = time.monotonic()
 
     def _record(self, values: dict[str, Any]) -> bytes:
         """Return an event as a TFRecord: length, data, and a checksum of each."""
         data = io.BytesIO()
-        self._writer(data).write(self._event(**values).SerializeToString())
+        self._record_writer(data).write(self._event(**values).SerializeToString())
         return data.getvalue()

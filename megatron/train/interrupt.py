@@ -21,12 +21,14 @@ INTERRUPTED = 130  # exit status after a second Ctrl-C: 128 + SIGINT, as shells 
 
 
 def resume_advice(command: Sequence[str], checkpoint: CheckpointConfig) -> str:
-    """Return the advice on resuming a run that has saved: the same command with --auto-resume and without --overwrite."""
+    """Return how to resume a run that has saved: by the same command with --auto-resume and without --overwrite."""
     if checkpoint.auto_resume:
         return "start again to go on"
-    kept = [word for word in command if word.replace("_", "-") != "--overwrite"]
-    file = " and without its overwrite in the file of --config" if checkpoint.overwrite and len(kept) == len(command) else ""
-    return f"start again with --auto-resume{file} to go on: {shlex.join([*kept, '--auto-resume'])}"
+    words = [word for word in command if word.replace("_", "-") != "--overwrite"]
+    in_file = (
+        " and without its overwrite in the file of --config" if checkpoint.overwrite and len(words) == len(command) else ""
+    )
+    return f"start again with --auto-resume{in_file} to go on: {shlex.join([*words, '--auto-resume'])}"
 
 
 class RunInterruptHandler(InterruptHandler):
@@ -44,29 +46,29 @@ class RunInterruptHandler(InterruptHandler):
         self.command: Sequence[str] = ()
 
     def on_first_interrupt(self) -> None:
-        """Print that the run saves a checkpoint, and how long its launcher waits for that."""
+        """Print that the run stops with a checkpoint, if it has a --save, and how long its launcher waits for that."""
         if self._is_rank_0:
-            what = "saving a checkpoint" if self.checkpoint.save is not None else "without --save nothing is kept"
-            limit = "; torchrun kills what is not done in half a minute" if self.launcher_forwards else ""
-            write_stderr(f"Ctrl-C: stopping at the end of this step, {what}{limit}; a second Ctrl-C ends at once\n")
+            action = "saving a checkpoint" if self.checkpoint.save is not None else "without --save nothing is saved"
+            limit = "; torchrun kills a process that has not ended in half a minute" if self.launcher_forwards else ""
+            write_stderr(f"Ctrl-C: stopping at the end of this step, {action}{limit}; a second Ctrl-C ends at once\n")
 
     def on_second_interrupt(self, name: str) -> None:
         """End this process, and print which checkpoint remains."""
-        text = f"ended at once by a second Ctrl-C ({name}); {self._kept()}\n"
+        text = f"ended at once by a second Ctrl-C ({name}); {self._describe_remaining()}\n"
         if self._is_rank_0:
             write_stderr(text)
         write_error_file(text)
         os._exit(INTERRUPTED)
 
-    def _kept(self) -> str:
+    def _describe_remaining(self) -> str:
         """Return which checkpoint remains after an immediate end, and how to resume from it."""
         if self.checkpoint.save is None:
-            return "nothing is kept, because there is no --save"
+            return "nothing is saved, because there is no --save"
         from megatron.checkpoint.layout import CheckpointError, read_tracker
 
         with suppress(CheckpointError):
             newest = read_tracker(Path(self.checkpoint.save))
             if newest is not None:
-                then = resume_advice(self.command, self.checkpoint)
-                return f"{self.checkpoint.save} keeps the checkpoint of iteration {newest}; {then}"
-        return f"nothing is kept: no checkpoint was finished in {self.checkpoint.save}"
+                advice = resume_advice(self.command, self.checkpoint)
+                return f"{self.checkpoint.save} contains the checkpoint of iteration {newest}; {advice}"
+        return f"nothing is saved: no checkpoint was finished in {self.checkpoint.save}"

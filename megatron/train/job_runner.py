@@ -1,4 +1,4 @@
-"""Run a job of several ranks: each prepares its inputs alone, then all work together. One rank reports an error, once."""
+"""Run a job of several ranks: each prepares its inputs alone, then all work together. One rank reports an error."""
 
 from __future__ import annotations
 
@@ -37,24 +37,24 @@ def run_in_job(
     layout: LayoutConfig,
     env: LaunchEnvironment,
     signals: StopSignals,
-    early: EarlyStop,
+    early_stop: EarlyStop,
     *,
     save: str | None = None,
     compiled: bool = False,
 ) -> int:
     """Call `prepare` on each rank alone, form the process group, and call `run` on all ranks.
 
-    An error of a single process is raised. With several ranks, one rank reports the error, and all end.
+    A job of one process raises its error. With several ranks, one rank reports an error, and all processes end.
 
     Args:
         prepare: builds this rank's inputs without the other ranks; raises InputError.
         run: does the work of all ranks; returns the exit status.
-        layout: timeouts and backend of the process group.
-        env: the launcher's description of this process.
+        layout: contains the timeouts, and the backend of the process group.
+        env: this process's launch environment.
         signals: the signals that ask the job to stop.
-        early: ends a job that is stopped before the process group has formed.
+        early_stop: returns message and exit status of a job that is stopped before it can save.
         save: the directory to lock for this job; None locks nothing.
-        compiled: layers are compiled, so the watchdog sets no limit to the first action of each kind.
+        compiled: layers are compiled, so the watchdog does not limit the first action of each kind, which compiles.
 
     Returns:
         The exit status of `run`.
@@ -64,23 +64,23 @@ def run_in_job(
     timeout = layout.distributed_timeout_minutes
     log = partial(print_lines, sys.stdout if env.rank == 0 else None)
     with (
-        guarded(env, timeout, explain=explain_error, timeouts=timeouts, signals=signals, early=early) as guard,
+        guarded(env, timeout, explain=explain_error, timeouts=timeouts, signals=signals, early=early_stop) as guard,
         hold_lock(save, guard, env, log) as record_ranks,
     ):
         prepared = prepare(guard.watch)
-        # Before the process group forms: inside it, a rank that failed to prepare would leave the others waiting.
+        # Wait before the process group forms: a rank that fails afterwards would leave the others waiting in a collective.
         guard.wait_for_all("preparing their data", log)
         record_ranks()
-        with job(env, layout.distributed_backend, timeout, guard=guard) as started:
-            return run(prepared, started)
+        with job(env, layout.distributed_backend, timeout, guard=guard) as joined:
+            return run(prepared, joined)
 
 
 def report_errors(work: Callable[[], int], env: LaunchEnvironment) -> int:
-    """Return the exit status of `work`, or that of the error that ended it, which is reported on stderr.
+    """Run `work` and return its exit status. If it raises an error, report it on stderr and return the status of that.
 
     Args:
         work: runs the job, by `run_in_job`.
-        env: the launcher's description of this process.
+        env: this process's launch environment.
     """
     try:
         return work()
@@ -89,7 +89,7 @@ def report_errors(work: Callable[[], int], env: LaunchEnvironment) -> int:
     except (InputError, JobError) as error:
         write_error_file(f"error: {error}")
         return print_error(f"error: {error}", error.status)
-    except Exception as error:  # with several ranks the watchdog reports errors; here are those before the ranks have met
+    except Exception as error:  # with several ranks, the watchdog reports all errors after its start
         where = f"rank {env.rank} on host {os.uname().nodename}"
         message = explain_error(error, where)
         text = f"error: {message}" if message else f"error: {where}: {type(error).__name__}: {error}"
@@ -98,15 +98,15 @@ def report_errors(work: Callable[[], int], env: LaunchEnvironment) -> int:
 
 
 def refuse_on_all(error: ConfigError, env: LaunchEnvironment, minutes: float) -> bool:
-    """End all ranks with the mistakes that this rank has found in the command. Does not return once rank 0 has them.
+    """End the job with the mistakes that this rank has found in the command, which rank 0 reports once.
 
     Args:
-        error: the mistakes.
-        env: the launcher's description of this process.
-        minutes: time to wait for rank 0.
+        error: the mistakes that this rank has found.
+        env: this process's launch environment.
+        minutes: how long to wait for rank 0.
 
     Returns:
-        False when rank 0 cannot be reached.
+        False if rank 0 cannot be reached; otherwise it does not return.
     """
     exit_0_on_sigterm(env)
     try:
@@ -121,7 +121,7 @@ def explain_error(error: BaseException, where: str) -> str | None:
 
     Args:
         error: the exception.
-        where: rank, host and phase, which go before the message of an error that other ranks may not have.
+        where: rank, host and phase, which precede the message of an error that may be of this rank alone.
     """
     if isinstance(error, TrainingError | CheckpointError):  # raised by all ranks alike, so no rank is named
         return str(error)
@@ -135,9 +135,9 @@ def print_error(message: str, status: int, is_reporter: bool = True) -> int:
     """Print an error message to stderr, and return the exit status.
 
     Args:
-        message: the whole message.
+        message: the message.
         status: the exit status to return.
-        is_reporter: false on a rank that leaves the message to another.
+        is_reporter: false on a rank whose message another rank prints.
     """
     if is_reporter:
         print(message, file=sys.stderr, flush=True)
@@ -155,8 +155,8 @@ def as_input_error() -> Iterator[None]:
         raise InputError(str(error)) from error
 
 
-def print_lines(out: TextIO | None, *lines: str) -> None:
-    """Print and flush lines; print nothing when `out` is None, as on all ranks but the first."""
+def print_lines(out: TextIO | None, *lines: str | None) -> None:
+    """Print and flush the lines that are not None. Print nothing if `out` is None, as it is on all ranks but the first."""
     for line in lines:
-        if out is not None:
+        if out is not None and line is not None:
             print(line, file=out, flush=True)

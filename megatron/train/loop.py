@@ -31,7 +31,7 @@ class StepTimer:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Stop the clock inside the block, whose work is not training time."""
+        """Stop the clock inside the block, whose duration is not training time."""
         began = time.perf_counter()
         yield
         self._paused_seconds += time.perf_counter() - began
@@ -39,18 +39,18 @@ class StepTimer:
 
 @dataclass
 class Training:
-    """State of the training loop, which hooks read and change.
+    """State of the training loop, which hooks may read and change.
 
     Attributes:
         run: the parts of the run; `run.state` holds the counters that checkpoints save.
-        loader: the training samples from the run's position on; None to train nothing.
+        loader: loads the training samples from the run's position on; None for an evaluation, which trains nothing.
         sinks: receive the reports; empty on all ranks but the first.
         stopping: lets all ranks agree on whether to stop.
-        start: the iteration that this process resumed after; 0 for a fresh start.
-        request: the last agreement of the ranks; training ends when it says stop.
-        extra_metrics: additional values of the log lines, by name. A hook before `Log` sets them, at least on the first rank.
+        start: number of iterations done when this process started; 0 for a fresh start.
+        request: the last agreement of the ranks; training ends when its `stop` is set.
+        extra_metrics: additional values for log lines, by name. Hooks called before `Log` set them, at least on the first rank.
         timer: measures the seconds of training.
-        step_began: time on the timer at which the current step began.
+        step_began: time on `timer` at which the current step began.
     """
 
     run: Run
@@ -88,7 +88,7 @@ class Training:
     def step(self, batches: Sequence[Batch]) -> StepReport:
         """Take a step over this rank's micro-batches, unless --skip-train-iterations names the iteration. Collective."""
         batch, state = self.run.config.batch, self.run.state
-        # `state.iteration` counts completed steps, while the flag numbers steps from 1.
+        # `state.iteration` counts completed steps; the flag numbers steps from 1.
         if all(state.iteration + 1 not in numbers for numbers in parse_iteration_ranges(batch.skip_train_iterations)):
             return self.run.step(batches, state)
         samples = global_batch_size_at(batch, state.consumed_samples)
@@ -96,9 +96,9 @@ class Training:
         return StepReport(0.0, 0.0, skipped=True, nan=False, samples=samples, tokens=tokens, left_out=True)
 
     def should_stop(self) -> bool:
-        """Return whether an evaluation must be abandoned because the run is to stop. Collective; called between its steps."""
+        """Return whether to abandon an evaluation because the run must stop. Collective; called between its steps."""
         agreed = self.stopping.ask()
-        if agreed.stop is not None:  # a mere save waits for the next training step
+        if agreed.stop is not None:  # a request to save waits for the next training step
             self.request = agreed
         return agreed.stop is not None
 
@@ -118,14 +118,14 @@ class Hook:
         """Called after every step, when the counters have advanced."""
 
     def after_training(self, training: Training) -> None:
-        """Called once, after the last step of this process, also when it was stopped; not after an error."""
+        """Called once, after the last step of this process, even if the run was stopped, but not after an error."""
 
 
 def train(training: Training, hooks: Sequence[Hook]) -> None:
     """Train to the last iteration, or until a hook or an evaluation asks for a stop. Collective.
 
     Args:
-        training: the run; its `request` says afterwards whether it was stopped.
+        training: the state of the loop; afterwards, its `request` tells whether training was stopped.
         hooks: called after every step, in this order.
     """
     for hook in hooks:
@@ -141,7 +141,7 @@ def train(training: Training, hooks: Sequence[Hook]) -> None:
 
 
 def is_due(iteration: int, interval: int | None) -> bool:
-    """Return whether work that is done every `interval` iterations is due after this one."""
+    """Return whether work that is done every `interval` iterations, or never if that is None, is due after `iteration`."""
     return interval is not None and interval > 0 and iteration % interval == 0
 
 
@@ -160,7 +160,7 @@ def advance(run: Run, report: StepReport) -> None:
     if not report.skipped:
         state.scheduled_samples += report.samples
         state.consecutive_skips = 0
-        # One infinite loss would make the average of the log line infinite.
+        # A single non-finite loss would make the average of the log line non-finite.
         if math.isfinite(report.lm_loss + (report.sop_loss or 0.0)):
             state.window_loss += report.lm_loss
             state.window_sop += report.sop_loss or 0.0

@@ -1,7 +1,7 @@
-"""Locate the first value of a step that was not finite: its layer and stage, its rank, its samples.
+"""Find the first value of a step that was not finite, with its layer and stage, its rank and its samples.
 
-A skipped step knows only that the norm of the summed gradients was not finite. So its micro-batches are run once more, one at a
-time and without an update. The search reports the first module whose output is not finite; else the loss; else the parameter
+When a step is skipped, only the norm of the summed gradients is known not to be finite. So its micro-batches are run again, one
+at a time, without an update. The search reports the first module whose output is not finite; else the loss; else the parameter
 whose gradient the backward pass computes first. If everything is finite in the second run, a transient fault of a device or its
 memory is the likely cause, and the report says so.
 
@@ -28,18 +28,18 @@ from megatron.mesh.mesh import Axis, Mesh
 from megatron.parallel.spec import param_spec
 from megatron.pipeline.executor import Executor, StepOutput
 
-FORWARD, LOSS, BACKWARD = range(3)
+FORWARD, LOSS, BACKWARD = range(3)  # phases of a micro-batch, in the order of computation
 
 
 @dataclass(frozen=True, order=True)
 class Finding:
-    """A value that was not finite. Findings are ordered as a step computes them, so the smallest is the cause of the others.
+    """A value that was not finite. Findings are ordered as a step computes them, so the smallest may have caused the others.
 
     Attributes:
-        micro_batch: number of the micro-batch in the step of this rank.
+        micro_batch: number of the micro-batch in the step of the rank, from 0.
         phase: FORWARD, LOSS or BACKWARD.
-        depth: the stage; its negative in the backward pass, which visits the stages in reverse.
-        place: position among the values of the stage.
+        depth: sort key of the stage: its number, negated in the backward pass, which visits the stages in reverse.
+        place: position of the value in the order of computation on the stage.
         rank: the rank that found the value.
         what: description of the value, `the output of layers.3.mlp`.
         stage: the pipeline stage.
@@ -66,7 +66,7 @@ class NonFinite:
         first: the first finding over all ranks.
         ranks: number of ranks that found something.
         world: number of all ranks.
-        reproduced: the value was not finite in the second run of the step either.
+        reproduced: the step was not run again, or was not finite in the second run either.
     """
 
     first: Finding
@@ -76,32 +76,32 @@ class NonFinite:
 
     @property
     def layer(self) -> int | None:
-        """Global number of the layer; None outside the layers."""
+        """Number of the layer in the model; None if the value is not in a layer."""
         match = re.search(r"\blayers\.(\d+)\.", self.first.what + ".")
         return int(match[1]) if match else None
 
     def __str__(self) -> str:
         first = self.first
         layer = "" if self.layer is None else f"layer {self.layer}, "
-        places = f", {self.ranks} of {self.world} ranks saw some" if self.world > 1 else ""
+        spread = f", {self.ranks} of {self.world} ranks found some" if self.world > 1 else ""
         advice = "" if self.reproduced else "; a second run of the step was finite, so suspect the device"
         where = f"{layer}stage {first.stage}, rank {first.rank}{first.coordinates}, samples {format_ranges(first.samples)}"
-        return f"{first.what} is not finite ({where}{places}){advice}"
+        return f"{first.what} is not finite ({where}{spread}){advice}"
 
 
 def format_ranges(numbers: Sequence[int]) -> str:
     """Return numbers as ranges: `3, 5-8` for 3, 5, 6, 7, 8."""
-    found: list[list[int]] = []
+    ranges: list[list[int]] = []  # first and last number of each
     for number in sorted(set(numbers)):
-        if found and found[-1][1] == number - 1:
-            found[-1][1] = number
+        if ranges and ranges[-1][1] == number - 1:
+            ranges[-1][1] = number
         else:
-            found.append([number, number])
-    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in found)
+            ranges.append([number, number])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in ranges)
 
 
 class NonFiniteSearch:
-    """Searches one step on this rank for values that are not finite; `agree` finds the first one over all ranks.
+    """Searches a step on this rank for values that are not finite; `first_finding` compares those of all ranks.
 
     Args:
         pipeline: runs the step.
@@ -119,21 +119,21 @@ class NonFiniteSearch:
 
         Args:
             output: the losses of a step or of one micro-batch.
-            samples: numbers of the samples in it.
-            micro_batch: number of the micro-batch.
+            samples: numbers of the samples in that step or micro-batch.
+            micro_batch: number of the micro-batch; 0 for a whole step.
         """
         if not math.isfinite(float(output.loss)):
             stage = max(self.stages)
-            self._note(micro_batch, LOSS, stage, 0, "the loss", stage=stage, samples=samples)
+            self._record(micro_batch, LOSS, stage, 0, "the loss", stage=stage, samples=samples)
 
     def check_gradients(self, samples: tuple[int, ...], micro_batch: int = 0) -> None:
-        """Record the first gradient in the order of the backward pass, last layer first, that is not finite."""
+        """Record the first gradient that is not finite, in the order of the backward pass: the last layer's first."""
         for stage in sorted(self.stages, reverse=True):
             for place, parameter in enumerate(reversed(list(self.stages[stage].parameters()))):
                 grad: Tensor | None = getattr(parameter, "main_grad", parameter.grad)
                 if grad is not None and not is_finite(grad):
                     what = f"the gradient of {param_spec(parameter).name}"
-                    self._note(micro_batch, BACKWARD, -stage, place, what, stage=stage, samples=samples)
+                    self._record(micro_batch, BACKWARD, -stage, place, what, stage=stage, samples=samples)
                     return
 
     def rerun(self, batches: Sequence[Batch]) -> None:
@@ -159,18 +159,18 @@ class NonFiniteSearch:
     @contextmanager
     def _check_outputs(self, micro_batch: int, samples: tuple[int, ...]) -> Iterator[None]:
         """Record the outputs of modules that are not finite inside the block, in the order of computation."""
-        calls = count()  # counts alike on all ranks that share a stage, so that their findings can be compared
+        calls = count()  # gives a module the same number on all ranks that share its stage, so that findings are comparable
 
         def check_output(name: str, stage: int, module: nn.Module, inputs: Any, output: Any) -> None:
             place = next(calls)
             if isinstance(output, Tensor) and not is_finite(output):
-                self._note(micro_batch, FORWARD, stage, place, f"the output of {name}", stage=stage, samples=samples)
+                self._record(micro_batch, FORWARD, stage, place, f"the output of {name}", stage=stage, samples=samples)
 
         handles = [
             module.register_forward_hook(partial(check_output, name, stage))
-            for stage, whole in self.stages.items()
-            for name, module in whole.named_modules()
-            if name
+            for stage, transformer in self.stages.items()
+            for name, module in transformer.named_modules()
+            if name  # not the stage as a whole
         ]
         try:
             yield
@@ -178,7 +178,7 @@ class NonFiniteSearch:
             for handle in handles:
                 handle.remove()
 
-    def _note(
+    def _record(
         self, micro_batch: int, phase: int, depth: int, place: int, what: str, *, stage: int, samples: tuple[int, ...]
     ) -> None:
         mesh = self.mesh
@@ -187,49 +187,49 @@ class NonFiniteSearch:
         order = micro_batch, phase, depth, place, mesh.rank
         self.found.append(Finding(*order, what=what, stage=stage, samples=samples, coordinates=coordinates))
 
-    def agree(self) -> tuple[Finding | None, int]:
-        """Return the first finding over all ranks, and how many of them found something. Collective."""
+    def first_finding(self) -> tuple[Finding | None, int]:
+        """Return the first finding over all ranks, and the number of ranks that found something. Collective."""
         own = min(self.found, default=None)
-        everywhere = [found for found in gather_findings(own, self.mesh.world) if found is not None]
-        return min(everywhere, default=None), len(everywhere)
+        findings = [found for found in gather_findings(own, self.mesh.world) if found is not None]
+        return min(findings, default=None), len(findings)
 
 
 def investigate(
     pipeline: Executor, mesh: Mesh, zero: Callable[[], None], batches: Sequence[Batch], output: StepOutput, *, skipped: bool
 ) -> NonFinite | None:
-    """Find what was not finite in a step that was skipped, or whose loss was not finite. Collective.
+    """Find the first value that was not finite in a step that was skipped, or whose loss was not finite. Collective.
 
-    A skipped step is run once more, which overwrites its gradients.
+    A skipped step is run again, which overwrites its gradients.
 
     Args:
         pipeline: runs the step.
         mesh: the parallel axes.
         zero: zeros the gradient buffers.
         batches: the step's micro-batches of this rank.
-        output: the step's losses of this rank.
-        skipped: there was no update, so the weights are still those of the step.
+        output: the losses of the step on this rank.
+        skipped: the step was skipped, so the weights are still those that it used.
 
     Returns:
-        The first value that was not finite; None when no rank finds one, though the norm was not finite.
+        The first value that was not finite; None if no rank finds one, since only the norm overflowed.
     """
     samples = sample_ids(batches)
-    # Before the second run overwrites the gradients: a transient fault of a device shows only in the original ones.
+    # Check these before the second run overwrites them: a transient fault of a device is visible in them alone.
     original = NonFiniteSearch(pipeline, mesh, zero)
     original.check_loss(output, samples)
     if skipped:
         original.check_gradients(samples)
         second = NonFiniteSearch(pipeline, mesh, zero)
         second.rerun(batches)
-        first, ranks = second.agree()
+        first, ranks = second.first_finding()
         if first is not None:
             return NonFinite(first, ranks, mesh.world.size, reproduced=True)
-    first, ranks = original.agree()
-    # After a step with an update there is no second run, since the weights have changed.
+    first, ranks = original.first_finding()
+    # A step with an update is not run again, since the weights have changed.
     return None if first is None else NonFinite(first, ranks, mesh.world.size, reproduced=not skipped)
 
 
 def sample_ids(batches: Sequence[Batch]) -> tuple[int, ...]:
-    """Return the numbers of the samples in some micro-batches."""
+    """Return the numbers of the samples in micro-batches, for the message."""
     return tuple(number for batch in batches for number in batch.samples.tolist())
 
 
@@ -238,10 +238,10 @@ def is_finite(x: Tensor) -> bool:
     return bool(torch.isfinite(x).all())
 
 
-def gather_findings(value: Finding | None, world: Axis) -> list[Finding | None]:
-    """Return every rank's finding, by rank. Collective."""
+def gather_findings(own: Finding | None, world: Axis) -> list[Finding | None]:
+    """Return the finding of each rank, in the order of ranks. Collective."""
     if world.group is None:
-        return [value]
-    values: list[Finding | None] = [None] * world.size
-    dist.all_gather_object(values, value, group=world.group)
-    return values
+        return [own]
+    findings: list[Finding | None] = [None] * world.size
+    dist.all_gather_object(findings, own, group=world.group)
+    return findings

@@ -1,7 +1,7 @@
-"""Profile the pipeline for `--profile-pipeline`: draw its measured timeline beside the timeline that the simulator predicts.
+"""Profile the pipeline for `--profile-pipeline`: draw the measured timeline of its actions beside a simulated one.
 
-The actions of a few steps are timed. The prediction simulates the same schedule, with the median time of each kind of action on
-each stage. Where the two drawings differ, the executor or the machine deviated from the schedule.
+The actions of a few steps are timed. The simulation runs the same schedule with the median time of each kind of action on each
+stage. Where the two drawings differ, the executor or the machine deviated from the schedule.
 """
 
 from __future__ import annotations
@@ -30,40 +30,40 @@ from megatron.train.report import StepReport
 from megatron.train.run import Run
 from megatron.train.state import TrainState
 
-STEPS = 5  # number of timed steps; the first step of a run, which is slower, is not among them
-NAME = "pipeline_profile"
+STEPS = 5  # number of steps that are timed, after the first step of a run, which is slower
+NAME = "pipeline_profile"  # of the files, without suffix
 
-Spans = dict[Action, tuple[float, float]]  # start and end of each action
+Spans = dict[Action, tuple[float, float]]  # start and end of each action of a step
 
 
 class ProfiledStep:
-    """Wraps a run's step: times the actions of some calls, and then writes the profile.
+    """Wraps a run's step, and times the actions of a few calls; the last of these writes the profile.
 
     Args:
         run: the run whose step is wrapped.
-        directory: the directory of the profile.
+        directory: the directory that the profile is written to.
         log: prints a line about the profile, on the first rank.
     """
 
     def __init__(self, run: Run, directory: Path, log: Callable[[str], None]) -> None:
         self.step, self.pipeline, self.mesh = run.step, run.pipeline, run.mesh
         self.directory, self.log = directory, log
-        batch, done = run.config.batch, run.state.iteration
-        left = batch.iterations - done
+        batch, iteration = run.config.batch, run.state.iteration
+        left = batch.iterations - iteration  # steps until the process ends
         if batch.exit_interval is not None:
-            left = min(left, batch.exit_interval - done % batch.exit_interval)
-        # From the second step on, since the first one is slower; a run of only one step times that.
+            left = min(left, batch.exit_interval - iteration % batch.exit_interval)
+        # The first and the last call to time: from the second on, since the first is slower, unless there is only one.
         self.first, self.last = min(2, left), min(1 + STEPS, left)
         self.calls = 0
-        self.timed: list[tuple[int, Spans, int]] = []
+        self.timed: list[tuple[int, Spans, int]] = []  # micro-batches, spans, peak number of micro-batches in flight
 
     def __call__(self, batches: Sequence[Batch], state: TrainState) -> StepReport:
         self.calls += 1
         if not self.first <= self.calls <= self.last:
             return self.step(batches, state)
-        with stopwatch(self.pipeline, self.mesh) as watch:
+        with timed_actions(self.pipeline, self.mesh) as stopwatch:
             report = self.step(batches, state)
-        self.timed.append((len(batches), watch.spans(), self.pipeline.peak_in_flight))
+        self.timed.append((len(batches), stopwatch.spans(), self.pipeline.peak_in_flight))
         if self.calls == self.last:  # the same call on all ranks, since writing is collective
             self._write()
         return report
@@ -73,30 +73,30 @@ class ProfiledStep:
         count = self.timed[-1][0]
         # The batch size, and with it the schedule, may change between the timed steps.
         alike = [(spans, peak) for micro_batches, spans, peak in self.timed if micro_batches == count]
-        everywhere = gather_over_pipeline(self.mesh, alike)
+        by_rank = gather_over_pipeline(self.mesh, alike)
         self.timed.clear()
-        if everywhere is None:
+        if by_rank is None:
             return
-        steps = [{a: span for spans, _ in ranks for a, span in spans.items()} for ranks in zip(*everywhere, strict=True)]
-        peaks = [max(peak for _, peak in rank) for rank in everywhere]
+        steps = [{a: span for spans, _ in ranks for a, span in spans.items()} for ranks in zip(*by_rank, strict=True)]
+        peaks = [max(peak for _, peak in rank) for rank in by_rank]
         with warning_on_error(self.directory, "the profile of the pipeline cannot be written"):
             write_profile(self.directory, self.pipeline.schedule(count), steps, peaks, self.log)
 
 
 @contextmanager
-def stopwatch(pipeline: Executor, mesh: Mesh) -> Iterator[Stopwatch]:
+def timed_actions(pipeline: Executor, mesh: Mesh) -> Iterator[Stopwatch]:
     """Time the executor's actions inside the block. Collective: the ranks of a pipeline start together."""
     if mesh.pp.group is not None:
         dist.barrier(group=mesh.pp.group)
-    pipeline.recorder = watch = Stopwatch(pipeline.device)
+    pipeline.recorder = stopwatch = Stopwatch(pipeline.device)
     try:
-        yield watch
+        yield stopwatch
     finally:
         pipeline.recorder = Recorder()
 
 
 def gather_over_pipeline(mesh: Mesh, value: Any) -> list[Any] | None:
-    """Return the values of all ranks of rank 0's pipeline, on rank 0; None on all others. Collective."""
+    """Return the values of the ranks that share a pipeline with rank 0, on rank 0; None on all other ranks. Collective."""
     if mesh.pp.group is None:
         return [value] if mesh.rank == 0 else None
     values: list[Any] | None = [None] * mesh.pp.size if mesh.pp.first else None
@@ -111,21 +111,21 @@ def measured_costs(schedule: Schedule, steps: Sequence[Spans]) -> MeasuredCosts:
         for action, (start, end) in spans.items():
             times[action.op, action.stage].append(end - start)
     gaps = [gap for spans in steps for _, _, gap in _gaps(schedule, spans)]
-    # The shortest gap estimates the transfer alone, since longer gaps include waiting for other work.
+    # The shortest gap estimates the time of a transfer, since longer gaps include waiting for other actions.
     return MeasuredCosts({kind: median(taken) for kind, taken in times.items()}, max(0.0, min(gaps, default=0.0)))
 
 
 def align_clocks(schedule: Schedule, spans: Spans) -> Spans:
-    """Return the spans on one clock: no action starts before what it needs has ended.
+    """Convert the spans of all ranks to one clock, on which no action starts before its input was computed.
 
-    The ranks' stopwatches start as they leave a barrier, up to some milliseconds apart, so that an action can seem to start
-    before its input was sent. The clock of the receiving rank is then shifted forward, by the least amount that avoids this.
+    The ranks start their stopwatches when they leave a barrier, up to a few milliseconds apart, so an action may seem to start
+    before its input was sent. The clock of the receiving rank is then shifted forward by the least amount that avoids this.
     """
     min_gaps: dict[tuple[int, int], float] = {}
     for sender, receiver, gap in _gaps(schedule, spans):
         min_gaps[sender, receiver] = min(gap, min_gaps.get((sender, receiver), gap))
     shifts = [0.0] * schedule.ranks
-    for _ in range(schedule.ranks):  # shifting one rank may require a shift of those that it sends to
+    for _ in range(schedule.ranks):  # a shift of one rank may require shifts of the ranks that it sends to
         for (sender, receiver), gap in min_gaps.items():
             shifts[receiver] = max(shifts[receiver], shifts[sender] - gap)
     shift = {action: shifts[schedule.placement[action.stage]] for action in spans}
@@ -148,10 +148,10 @@ def _gaps(schedule: Schedule, spans: Spans) -> Iterator[tuple[int, int, float]]:
 def write_profile(
     directory: Path, schedule: Schedule, steps: Sequence[Spans], peaks: Sequence[int], log: Callable[[str], None]
 ) -> None:
-    """Write the drawing and the figures of a profile, in milliseconds.
+    """Write a profile, in milliseconds: a drawing, and a JSON file with its figures.
 
     Args:
-        directory: where `pipeline_profile.svg` and `.json` are written.
+        directory: the directory of `pipeline_profile.svg` and `pipeline_profile.json`.
         schedule: the schedule that was run.
         steps: spans of the timed steps, in seconds; the step of median duration is drawn.
         peaks: maximum number of micro-batches in flight, by pipeline rank.
@@ -160,8 +160,8 @@ def write_profile(
     steps = [
         align_clocks(schedule, {a: (1000.0 * start, 1000.0 * end) for a, (start, end) in spans.items()}) for spans in steps
     ]
-    runs = sorted((_timeline(schedule, spans) for spans in steps), key=lambda run: run.makespan)
-    measured = runs[len(runs) // 2]  # the median step
+    timelines = sorted((_timeline(schedule, spans) for spans in steps), key=lambda timeline: timeline.makespan)
+    measured = timelines[len(timelines) // 2]  # of the step with the median duration
     costs = measured_costs(schedule, steps)
     predicted = simulate(schedule, costs)
     directory.mkdir(parents=True, exist_ok=True)

@@ -38,8 +38,8 @@ from megatron.train.continuation import (
     continues_run,
     first_rank_decides,
     is_trained,
-    latest_announced,
-    run_sinks,
+    iteration_in_tracker,
+    open_run_sinks,
     save_directory,
     set_other_run_aside,
 )
@@ -219,7 +219,7 @@ def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals
     if config.log.profile_pipeline is not None:
         run.step = ProfiledStep(run, Path(config.log.profile_pipeline), partial(print_lines, out))
     evaluated = not (run.state.evaluation_due or trained)
-    sinks = [] if out is None else run_sinks(run, source, out, continues=continues, evaluated=evaluated)
+    sinks = [] if out is None else open_run_sinks(run, source, out, continues=continues, evaluated=evaluated)
     files = partial(inherited_assets, prepared.tokenizer, source.directory, partial(print_lines, out))
     saver = Saver(run, files, partial(print_lines, out)) if save is not None else None
     open_training, held_out = data_openers(run, prepared)
@@ -233,7 +233,7 @@ def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals
     skips = SkipCounter()
     hooks = build_hooks(prepared, run, saver, progress, skips, held_out)
     if started.is_main:
-        progress.note_start(started.env.job, latest_announced(save), started.env.attempt)
+        progress.note_start(started.env.job, iteration_in_tracker(save), started.env.attempt)
     ending = Ending(training, saver, progress, skips, resume_advice=early.resume_advice, warning=warning)
     return train_and_evaluate(training, hooks, prepared.final or partial(final_evaluations, splits=held_out), ending)
 

@@ -55,7 +55,7 @@ class Progress:
             self.tracker = tracker if type(tracker) is int else None
             self.stopped = values.get("stopped_on_request") is True
 
-    def too_short(self, why: str) -> str | None:
+    def idle_error(self, why: str) -> str | None:
         """Return the error message if this slice ends without a step and was not the first such one; None otherwise.
 
         Args:
@@ -68,7 +68,7 @@ class Progress:
             f"step; give the run more time, and delete {self._path}, which keeps the count"
         )
 
-    # Only the first rank writes. A full disk is no error here, since the file only serves `too_short` and `finished`.
+    # Only the first rank writes. A full disk is no error here, since the file only serves `idle_error` and `finished`.
 
     def write(self, *, finished: int | None = None, idle: int = 0, stopped: bool = False) -> None:
         """Write `progress.json`.

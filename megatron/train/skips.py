@@ -1,4 +1,4 @@
-"""Count the steps that were skipped because a value was not finite; fail a run that has too many of them, or ends in them."""
+"""Count the steps that were skipped because their gradient was not finite; fail a run with too many in a row."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from megatron.train.errors import TrainingError
 from megatron.train.report import StepReport
 from megatron.train.state import TrainState
 
-# A run that ends with so many skipped steps in a row has failed. A dynamic loss scale is allowed more of them, since its search
-# for the largest scale without an overflow skips some.
+# A run whose last steps, this many or more, were all skipped has failed. A dynamic loss scale is allowed more, since its search
+# for the largest scale without an overflow skips some steps.
 MIN_FAILED_STEPS = 2
 MIN_FAILED_STEPS_DYNAMIC = 5
 
 
 @dataclass
 class SkipCounter:
-    """Counts the steps of one slice of a run, and the skipped ones among them, without those of --skip-train-iterations."""
+    """Counts the steps of one slice of a run, and the skipped ones among them; --skip-train-iterations does not count."""
 
     steps: int = 0
     skipped: int = 0
@@ -34,9 +34,9 @@ class SkipCounter:
         if not self.skipped:
             return None
         last = state.consecutive_skips
-        end = f"the last {last} in a row" if last else "none of them at the end"
+        end = f"the last {last} steps were all skipped" if last else "the last step was not"
         return (
-            f"skipped: {self.skipped} of the {self.steps} steps since the start of this command, as something in them was not "
+            f"skipped: {self.skipped} of the {self.steps} steps since the start of this command, because a value was not "
             f"finite; {end}"
         )
 
@@ -45,9 +45,9 @@ def check_skip(state: TrainState, report: StepReport, optim: OptimConfig) -> Non
     """Stop training after a skipped step if --on-nonfinite is abort, or --max-consecutive-skips is reached.
 
     Args:
-        state: the counters, the skipped step included.
+        state: the counters, which include the skipped step.
         report: the report of the step, whose gradient was not finite.
-        optim: holds the two settings.
+        optim: contains the two settings.
 
     Raises:
         TrainingError: training must stop.
@@ -60,7 +60,7 @@ def check_skip(state: TrainState, report: StepReport, optim: OptimConfig) -> Non
     if state.consecutive_skips >= optim.max_consecutive_skips:
         raise TrainingError(
             f"{what}, as in the {state.consecutive_skips - 1} steps before; --max-consecutive-skips stops here. "
-            "Go on from an earlier checkpoint with a lower --lr"
+            "Resume from an earlier checkpoint with a lower --lr"
         )
 
 
@@ -76,7 +76,7 @@ def learning_failure(state: TrainState) -> str | None:
     if not no_update and last < (MIN_FAILED_STEPS_DYNAMIC if dynamic else MIN_FAILED_STEPS):
         return None
     if no_update:
-        text = f"nothing was learnt at all: each of the {last} steps was skipped, because its gradient was not finite. "
+        text = f"nothing was learnt: all {last} steps were skipped, because their gradients were not finite. "
     else:
         text = f"nothing was learnt in the last {last} steps, up to iteration {state.iteration}: they were skipped, because "
         text += "their gradients were not finite. "
@@ -84,5 +84,5 @@ def learning_failure(state: TrainState) -> str | None:
         scale = f"The loss scale is {state.scaler.scale:g} now"
         return f"{text}{scale}: train for longer, or begin with a lower --initial-loss-scale"
     if not dynamic and state.scaler.scale != 1.0:
-        text += f"The loss scale is {state.scaler.scale:g} throughout, as --loss-scale says: try a lower one. "
-    return text + "Go on from a checkpoint before them, or begin anew, with a lower --lr"
+        text += f"The loss scale is {state.scaler.scale:g} throughout, set by --loss-scale: try a lower one. "
+    return text + "Resume from an earlier checkpoint, or start a new run, with a lower --lr"

@@ -1,4 +1,4 @@
-"""Source of a run's weights and counters: a checkpoint or a fresh start."""
+"""Describe where a run's weights and counters come from: a checkpoint, or the seed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class StateSource:
         directory: the checkpoint; None for a fresh start.
         saved: the configuration in the checkpoint.
         state: the counters in the checkpoint.
-        optimizer: the optimizer's state is loaded from it, too.
-        progress: the counters, with schedule and data position, are loaded from it, too.
-        lines: lines for the user that explain the choice.
-        verified: every byte of the checkpoint was compared with the manifest.
+        optimizer: the optimizer's state is loaded from the checkpoint, too.
+        progress: the counters, with schedule and data position, are loaded from the checkpoint, too: the run is resumed.
+        lines: lines for the user that explain why this source was chosen.
+        verified: every byte of the checkpoint has been compared with its manifest.
     """
 
     directory: Path | None = None

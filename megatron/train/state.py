@@ -1,4 +1,4 @@
-"""Counters of a run, from which the data position, the learning rate and all random numbers follow."""
+"""Counters of a run, which determine the data position, the learning rate and all random numbers."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from megatron.parallel.spec import Shard
 
 @dataclass
 class TrainState:
-    """Counters of a run, which every checkpoint saves. They are equal on all ranks, except for wandb_run.
+    """Counters of a run, which checkpoints save. All are equal on all ranks, except for wandb_run.
 
     Attributes:
-        iteration: iterations done.
-        consumed_samples: training samples taken, those of skipped steps included; the data position.
-        consumed_tokens: tokens of these samples.
-        skipped_samples: the consumed samples of iterations that --skip-train-iterations names.
-        scheduled_samples: samples of the steps with an update, which the learning rate follows; skipped steps do not count.
-        consecutive_skips: skipped steps since the last update.
+        iteration: number of iterations done.
+        consumed_samples: number of training samples read, those of skipped steps included; this is the data position.
+        consumed_tokens: number of tokens in these samples.
+        skipped_samples: number of consumed samples in the iterations that --skip-train-iterations names.
+        scheduled_samples: number of samples in the steps with an update; it determines the learning rate.
+        consecutive_skips: number of skipped steps since the last update, without those of --skip-train-iterations.
         scaler: the loss scale; its current value and counters are saved, not its settings.
         schedule: the fields of the learning-rate schedule in use, which a resumed run keeps.
         training_samples: number of samples that the training set was built for.
-        order: digests of the order of samples, by which a resumed run detects another order; see `data/order.py`.
-        evaluation_due: the evaluation after this iteration was abandoned for a stop; a resumed run makes it first.
-        wandb_run: the id of the W&B run, "" for none; only the first rank's is used.
+        order: digests of the order of samples, by which a resumed run detects a change of the order; see `data/order.py`.
+        evaluation_due: the evaluation after this iteration has not been completed; a resumed run makes it first.
+        wandb_run: the id of the W&B run, or ""; only that of the first rank is used.
         window_loss: sum of the losses since the last log line. The window_ fields are saved so that a resumed run prints the
             same lines as an uninterrupted one.
-        window_sop: sum of the sentence-order losses since then.
+        window_sop: sum of the sentence-order losses since the last log line.
         window_steps: number of steps in these sums.
-        window_skipped: skipped steps since then.
-        window_nan: steps since then whose loss was NaN.
+        window_skipped: number of skipped steps since the last log line.
+        window_nan: number of steps since the last log line whose loss was NaN.
     """
 
     iteration: int = 0
@@ -58,7 +58,7 @@ class TrainState:
         self.window_loss = self.window_sop = 0.0
         self.window_steps = self.window_skipped = self.window_nan = 0
 
-    # A part of a checkpoint (parallel/spec.py: Checkpointable) that has no tensors.
+    # The methods of `parallel.spec.Checkpointable`, for a part of a checkpoint without tensors.
 
     def shards(self) -> Iterator[Shard]:
         return iter(())
@@ -68,7 +68,7 @@ class TrainState:
         return values | {"scaler": self.scaler.scalars()}
 
     def load_scalars(self, values: Mapping[str, Any]) -> None:
-        # Fields that an older checkpoint lacks keep their defaults. The scaler keeps its settings and loads only its position.
+        # Fields that an older checkpoint lacks keep their defaults. Only the scaler's value and counters are loaded.
         for each in fields(self):
             if each.name in values and each.name != "scaler":
                 setattr(self, each.name, values[each.name])

@@ -25,18 +25,18 @@ from megatron.train.state import TrainState
 
 
 class ScaledLoss:
-    """Turn the loss of a micro-batch into the scalar that is differentiated, loss scale included.
+    """Turns the loss of a micro-batch into the scalar that is differentiated, multiplied by the loss scale.
 
     With --loss-average token, the sum over micro-batches and ranks is the mean over all unmasked tokens of the global batch;
-    with micro-batch, it is the mean of the micro-batches' means. A BERT with a binary head adds the mean sentence-order loss of
-    the samples.
+    with micro-batch, it is the mean of the micro-batches' means. For a BERT with a binary head, the mean sentence-order loss
+    over the samples is added.
 
     Args:
-        batch: sizes, and the kind of average.
+        batch: contains the sizes of batches, and the kind of average.
         seq_length: tokens per sample.
         dp: the data-parallel axis.
-        scaler: the loss scale.
-        masked: the data may mask tokens, so that the others must be counted before each step.
+        scaler: contains the loss scale.
+        masked: the data may mask tokens, so the unmasked ones must be counted before each step.
         binary: the model has a binary head.
         device: the device of collectives.
     """
@@ -62,11 +62,11 @@ class ScaledLoss:
         if not self.masked or not self.by_token:
             self.tokens = float(len(batches) * self.micro_batch_size * self.dp.size * self.seq_length)
             return
-        counted = torch.stack([batch.loss_mask.sum() for batch in batches]).sum()  # loss_mask: [micro_batch, seq]; scalar
+        counted = torch.stack([batch.loss_mask.sum() for batch in batches]).sum()  # loss_mask: [micro_batch, seq]
         self.tokens = max(1.0, float(all_reduce(counted.to(self.device), self.dp)))
 
     def __call__(self, loss: Loss, micro_batches: int) -> Tensor:
-        # Gradients are summed over micro-batches and dp, so each micro-batch's loss is divided by the size of the global batch.
+        # Gradients are summed over micro-batches and dp, so the loss of each micro-batch is divided by the global count.
         if self.by_token:
             scaled = loss.sum * (self.scaler.scale / self.tokens)
         else:
@@ -81,12 +81,12 @@ class Step:
 
     Args:
         scaled_loss: the loss that is differentiated.
-        pipeline: runs the passes.
+        pipeline: runs the forward and backward passes.
         optimizer: reduces the gradients and updates the parameters.
-        schedule: the learning rate and weight decay by samples.
+        schedule: learning rate and weight decay as functions of the samples so far.
         mesh: the parallel axes.
-        batch: sizes and seed.
-        watch: the watchdog, to which the phases of the step are reported.
+        batch: contains the sizes of batches, and the seed.
+        watch: the watchdog, to which each phase of the step is reported.
         torch_random: the device whose torch generator draws dropout, with --fused-attention-dropout; else None.
     """
 
@@ -114,11 +114,11 @@ class Step:
         with self._seeded(state.iteration):
             output = self.pipeline.step(batches)
         self.watch.doing("the optimizer's step")
-        loss, tokens, means, order = reduce_losses(output, self.mesh)
-        # Not counted in rows of the batches, since a sample of a multiple-choice task has several.
+        loss, unmasked, means, order = reduce_losses(output, self.mesh)
+        # Rows of the batches are not samples, since a sample of a multiple-choice task has several rows.
         samples = len(batches) * self.batch.micro_batch_size * self.mesh.dp.size
-        possible = sum(b.tokens.numel() for b in batches) * self.mesh.dp.size
-        mean = loss / max(tokens, 1.0) if self.scaled_loss.by_token else means / (len(batches) * self.mesh.dp.size)
+        token_count = sum(b.tokens.numel() for b in batches) * self.mesh.dp.size
+        mean = loss / max(unmasked, 1.0) if self.scaled_loss.by_token else means / (len(batches) * self.mesh.dp.size)
         update = self.optimizer.step(
             lr=self.schedule.rate(state.scheduled_samples),
             weight_decay=self.schedule.weight_decay(state.scheduled_samples),
@@ -126,7 +126,7 @@ class Step:
             scale=1.0 / state.scaler.scale,
         )
         nonfinite = None
-        # Before the loss scale is updated, since the search repeats the step at the scale at which it failed.
+        # Search before the loss scale is updated, since the search repeats the step with the scale that it failed with.
         if update.skipped or not math.isfinite(mean + order):
             nonfinite = self._investigate(batches, output, state.iteration, skipped=update.skipped)
         state.scaler.update(not update.skipped)
@@ -138,23 +138,23 @@ class Step:
             skipped=update.skipped,
             nan=math.isnan(mean),
             samples=samples,
-            tokens=possible,
+            tokens=token_count,
             zeros=update.zeros,
             params_norm=update.params_norm,
             nonfinite=nonfinite,
         )
 
     def _investigate(self, batches: Sequence[Batch], output: StepOutput, iteration: int, *, skipped: bool) -> NonFinite | None:
-        """Find the value that was not finite. Collective. Call it before the loss scale is updated."""
+        """Find the first value that was not finite. Collective. Call it before the loss scale is updated."""
         self.watch.doing("looking for what was not finite")
         with self._seeded(iteration):
             return investigate(self.pipeline, self.mesh, self.optimizer.zero, batches, output, skipped=skipped)
 
     @contextmanager
     def _seeded(self, iteration: int) -> Iterator[None]:
-        """Seed torch's generator inside the block, from the iteration and this rank.
+        """Seed torch's generator from the iteration and this rank inside the block.
 
-        A kernel that draws from it then draws the same numbers in a resumed run, and different ones on each rank.
+        A kernel that draws from the generator then draws the same numbers in a resumed run, and different ones on each rank.
         """
         device, mesh = self.torch_random, self.mesh
         if device is None:
@@ -166,9 +166,9 @@ class Step:
 
 
 def reduce_losses(output: StepOutput, mesh: Mesh) -> tuple[float, float, float, float]:
-    """Return the sums of `StepOutput` over all data-parallel ranks and stages, on every rank. Collective."""
+    """Return the fields of `StepOutput`, summed over data- and context-parallel ranks and stages, on every rank. Collective."""
     local = torch.stack([output.loss, output.tokens, output.means, output.order])  # [4]
-    # Only the last stage has a loss; the others add zeros. Tensor-parallel ranks hold the same values, so tp is not summed.
+    # Only the last stage has a loss; the others add zeros. All tensor-parallel ranks have the same values, so tp is not summed.
     for axis in (mesh.dp_cp, mesh.pp):
         local = all_reduce(local, axis)
     loss, tokens, means, order = local.tolist()

@@ -1,6 +1,6 @@
 """Let all ranks agree, in one small collective after every step, on whether to stop or to save.
 
-A run is asked to stop by a signal to any one rank, by --exit-duration-in-mins, by the time limit of its SLURM job, or by a stop
+A run is asked to stop by a signal to any rank, by --exit-duration-in-mins, by the time limit of its SLURM job, or by a stop
 file. It stops before a time limit, early enough for one more step and for a save as long as the longest one so far.
 """
 
@@ -20,8 +20,8 @@ from megatron.launch.signals import STOP_SIGNALS, StopSignals
 from megatron.mesh.mesh import Mesh
 from megatron.parallel.collectives import all_reduce
 
-SLURM_FLOOR = 5.0  # minimum of seconds left before SLURM's limit
-STOP_FILE = "stop"
+MIN_SLURM_SECONDS = 5.0  # the run stops at the latest so long before the time limit of its SLURM job
+STOP_FILE = "stop"  # default name, in --save
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,16 @@ class Request:
 
 
 class Stopping:
-    """Collects the reasons to stop or to save; all ranks ask it at the same boundaries.
+    """Lets all ranks agree on whether to stop or to save; all must call `ask` at the same boundaries.
 
     Args:
-        config: limits, intervals and the stop file.
+        config: contains the time limits, the intervals and the stop file.
         mesh: the parallel axes.
-        device: where the votes are reduced.
+        device: the device on which the votes are reduced.
         signals: the signals that ask this rank to stop.
         began: start of the program, `time.monotonic()`.
         save_seconds: returns the duration of the longest save so far, in seconds.
-        environ: the environment variables.
+        environ: the environment variables, with SLURM_JOB_END_TIME.
     """
 
     def __init__(
@@ -69,8 +69,8 @@ class Stopping:
         end_time = environ.get("SLURM_JOB_END_TIME", "")
         self._slurm_end = float(end_time) if end_time.isdigit() else None  # seconds since 1970
         # A stop file in --save is meant for the run that trains there, not for an evaluation.
-        folder = None if config.eval.skip_train else config.checkpoint.save
-        default = None if folder is None else Path(folder) / STOP_FILE
+        save = None if config.eval.skip_train else config.checkpoint.save
+        default = None if save is None else Path(save) / STOP_FILE
         self.stop_file = default if config.batch.stop_file is None else Path(config.batch.stop_file)
         self._save_minutes = config.checkpoint.save_interval_mins
         self._saved_at = time.monotonic()
@@ -85,13 +85,13 @@ class Stopping:
         """
         self._step_seconds = self._step_seconds if step_seconds is None else step_seconds
         votes = torch.tensor(self._votes(save_due), dtype=torch.int64, device=self._device)  # [5]
-        # The maximum, since one rank's vote is enough, and so that all ranks see the same reason.
-        signal_, late, slurm_late, file_seen, save = map(int, all_reduce(votes, self._mesh.world, "max").tolist())
+        # The maximum, since the vote of one rank is enough, and so that all ranks get the same reason.
+        signal_vote, late, slurm_late, file_exists, save = map(int, all_reduce(votes, self._mesh.world, "max").tolist())
         reasons = [
-            (signal_, self._decoded(signal_), True),
+            (signal_vote, self._decode_signal(signal_vote), True),
             (late, f"--exit-duration-in-mins {self._minutes:g}" if self._minutes is not None else "", False),
             (slurm_late, "the time limit of the SLURM job is near", True),
-            (file_seen, f"the stop file {self.stop_file}", False),
+            (file_exists, f"the stop file {self.stop_file}", False),
         ]
         for vote, why, outside in reasons:
             if vote:
@@ -99,37 +99,38 @@ class Stopping:
         return Request(save=bool(save))
 
     def saved(self) -> None:
-        """Restart the interval of --save-interval-mins: a checkpoint was just written, or begun."""
+        """Restart the interval of --save-interval-mins, after a checkpoint was written or its background save begun."""
         self._saved_at = time.monotonic()
 
     def acknowledge(self) -> None:
-        """Record that the run has stopped. The first rank removes the stop file, which would stop the next start as well."""
+        """Record that the run is ending. The first rank removes the stop file, which would also stop the next start."""
         self._signals.answered = True
         if self.stop_file is not None and self._mesh.rank == 0:
             with suppress(OSError):
                 self.stop_file.unlink()
 
     def _votes(self, save_due: bool) -> list[int]:
-        """Return this rank's votes; the largest over the ranks counts."""
+        """Return this rank's votes, of which the maximum over the ranks counts: signal, two limits, stop file, save."""
         first, now = self._mesh.rank == 0, time.monotonic()
-        # The last save may be slower than any before, hence 1.5. One more save comes before it: that of the background, or
+        # 1.5, since the final save may be slower than any before. One more save may come before it: one in the background, or
         # the one that is due here.
         saves = 1.5 + (1.0 if save_due or self._async else 0.0)
-        # The next step and the saves must fit before a limit.
+        # The next step and the saves must end before a limit.
         margin = self._step_seconds + saves * self._save_seconds()
         late = self._end is not None and now + margin > self._end
-        slurm_late = self._slurm_end is not None and time.time() + max(margin, SLURM_FLOOR) > self._slurm_end
-        file_seen = first and self.stop_file is not None and os.path.isfile(self.stop_file)
+        slurm_late = self._slurm_end is not None and time.time() + max(margin, MIN_SLURM_SECONDS) > self._slurm_end
+        file_exists = first and self.stop_file is not None and os.path.isfile(self.stop_file)
         save = first and self._save_minutes is not None and now - self._saved_at >= 60.0 * self._save_minutes
-        return [self._encoded(), int(late), int(slurm_late), int(file_seen), int(save)]
+        return [self._encode_signal(), int(late), int(slurm_late), int(file_exists), int(save)]
 
-    def _encoded(self) -> int:
-        """Encode the signal and this rank in a number, largest on the lowest rank; 0 without a signal."""
+    def _encode_signal(self) -> int:
+        """Encode the signal and this rank in a number, which is largest on the lowest rank; 0 if there was no signal."""
         names = [number.name for number in STOP_SIGNALS]
         name = self._signals.name
-        # Lower ranks have larger numbers, so the maximum over the ranks is the lowest rank's signal.
+        # Lower ranks have larger numbers, so the maximum over the ranks is that of the lowest rank with a signal.
         return 0 if name is None else (self._mesh.world.size - self._mesh.rank) * len(names) + names.index(name)
 
-    def _decoded(self, vote: int) -> str:
-        from_last, which = divmod(vote, len(STOP_SIGNALS))
-        return f"{STOP_SIGNALS[which].name} to rank {self._mesh.world.size - from_last}"
+    def _decode_signal(self, vote: int) -> str:
+        """Return the signal and the rank of a vote, for the message."""
+        from_last, index = divmod(vote, len(STOP_SIGNALS))
+        return f"{STOP_SIGNALS[index].name} to rank {self._mesh.world.size - from_last}"

@@ -106,7 +106,7 @@ def test_ctrl_c_a_second_time(slices, short, tmp_path):
     assert ended.statuses == [130]
     first, second = ended.err.splitlines()
     assert first == "Ctrl-C: stopping at the end of this step, saving a checkpoint; a second Ctrl-C ends at once"
-    kept = f"{tmp_path / 'run'} keeps the checkpoint of iteration 2; start again with --auto-resume to go on: pretrain_gpt.py "
+    kept = f"{tmp_path}/run contains the checkpoint of iteration 2; start again with --auto-resume to go on: pretrain_gpt.py "
     assert second.startswith(f"ended at once by a second Ctrl-C (SIGINT); {kept}")
     assert slices([*short, "--auto-resume"], ranks=1).statuses == [0]
 
@@ -116,11 +116,11 @@ def test_ctrl_c_twice_by_torchrun(slices, short, tmp_path):
     relayed = {"RANK": "0", "WORLD_SIZE": "1"}
     command = ["--save-interval", "3"]
     ended = slices([*short, *command], fault=(0, "backward", 1, "SIGINT+sleep+SIGTERM"), launcher=False)
-    assert ended.statuses[0] == 130 and "torchrun kills what is not done in half a minute" in ended.err
-    assert f"second Ctrl-C (SIGTERM); nothing is kept: no checkpoint was finished in {tmp_path / 'run'}\n" in ended.err
+    assert ended.statuses[0] == 130 and "torchrun kills a process that has not ended in half a minute" in ended.err
+    assert f"second Ctrl-C (SIGTERM); nothing is saved: no checkpoint was finished in {tmp_path / 'run'}\n" in ended.err
     del short[short.index("--save") : short.index("--save") + 2]
     ended = slices(short, ranks=1, fault=(0, "backward", 1, "SIGINT+SIGINT"), env=relayed)
-    assert ended.statuses == [130] and "nothing is kept, because there is no --save\n" in ended.err
+    assert ended.statuses == [130] and "nothing is saved, because there is no --save\n" in ended.err
     ended = slices(short, ranks=1, fault=(0, "backward", 1, "SIGINT"))
     assert ended.statuses == [1] and "SIGINT to rank 0; nothing is saved, because there is no --save" in ended.err
 

@@ -191,7 +191,7 @@ def test_steps_without_an_update_are_told():
         hook.after_step(training, report)
     assert training.sinks[0].events == [
         "iteration 4: skipped: the norm of the gradient is not finite; loss scale 1 from now on",
-        "iteration 4: left out, as --skip-train-iterations says; its samples are passed over",
-        "iteration 4: the loss is not finite; the gradient was, and the update was made",
+        "iteration 4: left out by --skip-train-iterations; its samples are not trained on",
+        "iteration 4: the loss is not finite; the gradient is finite, so the update was made",
     ]
     assert (skips.steps, skips.skipped) == (3, 1)

@@ -121,7 +121,7 @@ def test_a_touch_from_elsewhere_is_a_sign_of_life(tmp_path):
     threading.Timer(0.3, os.utime, [tmp_path / LOCK_FILE]).start()
     with pytest.raises(InputError, match="process 7 on host elsewhere"):
         acquire(tmp_path, ours(), lines.append)
-    assert len(lines) == 1 and "gives no sign of life so far" in lines[0]
+    assert len(lines) == 1 and "has not touched its lock so far" in lines[0]
 
 
 def test_it_is_touched_and_a_loss_is_noticed(tmp_path, monkeypatch):
@@ -173,7 +173,9 @@ def test_a_lock_that_another_start_took_meanwhile_is_put_back(tmp_path):
 def test_a_directory_that_cannot_be_made_is_refused(tmp_path):
     """No checkpoint could be written there either, at the end of the first interval."""
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=f"--save {tmp_path}/file/run: cannot be made: Not a directory; choose another place"):
+    with pytest.raises(
+        InputError, match=f"--save {tmp_path}/file/run: cannot be created: Not a directory; choose another directory"
+    ):
         acquire(tmp_path / "file" / "run", ours(), pytest.fail)
 
 
@@ -196,7 +198,7 @@ def test_a_full_disk_is_left_as_it_was(tmp_path, monkeypatch, caplog):
     )
     assert acquire(tmp_path, ours(), pytest.fail) is None
     monkeypatch.undo()
-    assert "no lock can be kept here: No space left on device" in caplog.text and os.listdir(tmp_path) == []
+    assert "no lock can be created: No space left on device" in caplog.text and os.listdir(tmp_path) == []
 
 
 def test_a_touch_in_the_future_is_not_believed_for_ever(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ def test_a_nonfinite_event_is_described():
     finding = Finding(1, FORWARD, 0, 3, 5, "the output of layers.12.mlp.down", 2, (7, 8, 9, 11), ": dp 1, tp 1")
     assert str(NonFinite(finding, 2, 8, reproduced=True)) == (
         "the output of layers.12.mlp.down is not finite "
-        "(layer 12, stage 2, rank 5: dp 1, tp 1, samples 7-9, 11, 2 of 8 ranks saw some)"
+        "(layer 12, stage 2, rank 5: dp 1, tp 1, samples 7-9, 11, 2 of 8 ranks found some)"
     )
     loss = NonFinite(replace(finding, what="the loss", coordinates=""), 1, 1, reproduced=False)
     assert loss.layer is None and str(loss) == (
@@ -185,7 +185,7 @@ def lone_loss(setting: Setting):
 def test_a_loss_that_is_not_finite_is_told_with_its_samples():
     for skipped, nan, event in on_ranks(2, lone_loss, Setting(DEEP, optim=SGD)):
         assert not skipped and nan
-        assert str(event) == "the loss is not finite (stage 0, rank 1: dp 1, samples 9, 11, 1 of 2 ranks saw some)"
+        assert str(event) == "the loss is not finite (stage 0, rank 1: dp 1, samples 9, 11, 1 of 2 ranks found some)"
 
 
 def test_messages_name_the_event():
@@ -224,9 +224,7 @@ def test_iterations_that_are_left_out_pass_their_samples_over(flags, tmp_path, c
     for number, (line, other) in enumerate(zip(lines, plain, strict=True), 1):
         left_out = number in (3, 6, 7)
         assert left_out == bool(line["skipped_iterations"]) == (line["lm_loss"] is None) == (line["grad_norm"] is None)
-        assert left_out == (
-            f"iteration {number}: left out, as --skip-train-iterations says; its samples are passed over" in out
-        )
+        assert left_out == (f"iteration {number}: left out by --skip-train-iterations; its samples are not trained on" in out)
         if left_out:  # no update, so no progress along the schedule
             assert line["learning_rate"] == lines[number - 2]["learning_rate"]
         else:

@@ -328,7 +328,7 @@ def test_between_the_steps_of_an_evaluation_the_last_step_counts():
 def test_a_progress_file_of_any_content(tmp_path, text):
     (tmp_path / "progress.json").write_text(text)
     progress = Progress(str(tmp_path))
-    assert progress.finished is None and progress.idle == 0 and progress.too_short("why") is None
+    assert progress.finished is None and progress.idle == 0 and progress.idle_error("why") is None
 
 
 def test_a_disk_that_takes_no_progress_file(tmp_path):

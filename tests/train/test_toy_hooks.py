@@ -78,7 +78,7 @@ def test_an_installed_package_takes_part_in_a_run(tmp_path: Path) -> None:
         ("old_hooks:Gone", "needs old_hooks:Gone, which cannot be loaded: No module named 'old_hooks'"),
         ("toy_hooks:Gone", "needs toy_hooks:Gone, which cannot be loaded: module 'toy_hooks' has no attribute 'Gone'"),
         ("toy_hooks:NAME", "needs toy_hooks:NAME, which cannot be loaded: 'str' object is not callable"),
-        ("pathlib:Path", "needs pathlib:Path, which makes no Hook"),
+        ("pathlib:Path", "needs pathlib:Path, which returns no Hook"),
     ],
 )
 def test_what_is_no_hook_is_refused_before_anything_is_done(entry: str, said: str, tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Hooks: work between the steps of a run, one hook a file; `pretraining.build_hooks` has their order."""
+"""Hooks, which do the work between the steps of a run; `pretraining.build_hooks` defines their order."""

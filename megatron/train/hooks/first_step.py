@@ -1,4 +1,4 @@
-"""Record that a slice of a run has made a step."""
+"""Record that a slice of a run (see `progress.py`) has made its first step."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from megatron.train.report import StepReport
 
 
 class NoteFirstStep(Hook):
-    """Records the first step of a slice in `progress.json`, which counts the slices in a row without a step."""
+    """Resets the count of slices without a step, in `progress.json`, after the first step of this slice."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
 
     def after_step(self, training: Training, report: StepReport) -> None:
-        # Only after the first step, since later ones would write the same again.
+        # Only after the first step, since the count stays 0 from then on.
         if training.run.job.is_main and training.iteration == training.start + 1:
             self._progress.note_first_step()

@@ -1,4 +1,4 @@
-"""Report the values of every step to the sinks, and every --log-interval steps their averages."""
+"""Report every step to the sinks, and the averages over every --log-interval steps."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Log(Hook):
         self._interval, self._device = config.log.log_interval, device
         self._flops, self._causal_share = sample_flops(config), causal_share(config)
         self._peak = peak_tflops(device, config.log.peak_tflops)
-        self._line_began = self._step_began = 0.0
-        self._steps = self._tokens = self._samples = 0  # since the last log line
+        self._line_began = self._step_began = 0.0  # times on the training timer
+        self._steps = self._tokens = self._samples = 0  # of the steps since the last log line
 
     def before_training(self, training: Training) -> None:
         self._line_began = self._step_began = training.timer.now()
@@ -82,9 +82,9 @@ class Log(Hook):
     def _metrics(
         self, training: Training, report: StepReport, seconds: float, steps: int, tokens: int, samples: int
     ) -> Metrics:
-        """Return the metrics of `steps` steps that took `seconds` together, not counting those of --skip-train-iterations."""
-        run, state, share = training.run, training.run.state, self._causal_share
-        # `samples` counts global batches, so their FLOPs are divided by the number of ranks.
+        """Return the metrics of `steps` steps that took `seconds` in all, without losses. Left-out steps are not counted."""
+        run, state, causal_share = training.run, training.run.state, self._causal_share
+        # `samples` counts the samples of all ranks, so their FLOPs are divided by the number of ranks.
         tflops = self._flops * samples / seconds / run.job.env.world_size / 1e12 if steps else None
         mfu = tflops / self._peak if tflops is not None and self._peak else None
         on_gpu = self._device.type == "cuda"
@@ -103,7 +103,7 @@ class Log(Hook):
             tokens_per_second=tokens / seconds if steps else None,
             tflops_per_gpu=tflops,
             mfu=mfu,
-            mfu_causal=None if mfu is None or share is None else mfu * share,
+            mfu_causal=None if mfu is None or causal_share is None else mfu * causal_share,
             peak_memory_bytes=torch.cuda.max_memory_allocated(self._device) if on_gpu else None,
             extra=dict(training.extra_metrics),
         )

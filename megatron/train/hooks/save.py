@@ -1,4 +1,4 @@
-"""Save checkpoints during training, and check on those that are written in the background."""
+"""Save checkpoints during training, and report the end of those that are written in the background."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class CheckSave(Hook):
 
 
 class Save(Hook):
-    """Saves a checkpoint at --save-interval, on request, and after the last iteration. Collective."""
+    """Saves a checkpoint at --save-interval, at a request for one, and after the last iteration. Collective."""
 
     def __init__(self, saver: Saver) -> None:
-        self._saver, self._tried_at = saver, -1
+        self._saver, self._tried_at = saver, -1  # iteration of the last save, failed or not
 
     def before_training(self, training: Training) -> None:
         self._tried_at = training.iteration
@@ -30,7 +30,7 @@ class Save(Hook):
         if is_due(training.iteration, training.run.config.checkpoint.save_interval) or training.request.save:
             with training.timer.paused():
                 self._saver.save()
-            training.stopping.saved()  # --save-interval-mins counts from here
+            training.stopping.saved()  # restarts the interval of --save-interval-mins
             self._tried_at = training.iteration
 
     def after_training(self, training: Training) -> None:

@@ -1,4 +1,4 @@
-"""Count the steps without an update, and log each on a line."""
+"""Count the steps without an update, and log a line about each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron.train.state import TrainState
 
 
 class LogSkips(Hook):
-    """Counts the steps without an update, and logs each of them with the value that was not finite."""
+    """Counts the steps without an update, and logs each of them with the reason."""
 
     def __init__(self, skips: SkipCounter) -> None:
         self._skips = skips
@@ -23,10 +23,10 @@ class LogSkips(Hook):
 def _describe_skip(state: TrainState, report: StepReport) -> str | None:
     """Return the text about a step that was skipped, or in which a value was not finite; None for any other step."""
     if report.left_out:
-        return "left out, as --skip-train-iterations says; its samples are passed over"
+        return "left out by --skip-train-iterations; its samples are not trained on"
     if report.skipped:
         text = f"skipped: {report.nonfinite or 'the norm of the gradient is not finite'}"
         return f"{text}; loss scale {state.scaler.scale:g} from now on"
     if report.nonfinite is not None:
-        return f"{report.nonfinite}; the gradient was, and the update was made"
+        return f"{report.nonfinite}; the gradient is finite, so the update was made"
     return None
