@@ -21,7 +21,7 @@ from megatron.launch.exit_report import exit_status
 from megatron.launch.heartbeat import Process, WatchdogTimeouts
 from megatron.launch.malloc import keep_freed_memory
 from megatron.launch.signals import StopSignals
-from megatron.launch.store import connect_store, serves_store
+from megatron.launch.store import connect_store, lost_store, serves_store
 from megatron.launch.watchdog import JobWatchdog, Watchdog
 
 NCCL_TIMEOUT_MARGIN = timedelta(seconds=60)  # by which NCCL's timeout exceeds the watchdog's
@@ -169,9 +169,12 @@ def guarded(
         signals=signals,
         early=early,
     )
+    try:
+        watch.start()
+    except RuntimeError as error:
+        raise lost_store(env) from error
     if own:
         signals.install()
-    watch.start()
     signals.hand_to_watchdog()
     try:
         yield Guard(watch, store, timeout, env.world_size, signals)

@@ -120,6 +120,13 @@ def _unreachable(env: LaunchEnvironment, timeout: timedelta, why: str) -> JobErr
     )
 
 
+def lost_store(env: LaunchEnvironment) -> JobError:
+    """Return the error for a store whose server ended right after this process had connected."""
+    return JobError(
+        f"{_who(env)} lost its connection to {env.address}:{env.port}: rank 0 has ended, and its own message says why"
+    )
+
+
 def _who(env: LaunchEnvironment) -> str:
     """Return a description of this process: rank and host."""
     return f"rank {env.rank} on host {os.uname().nodename}"

@@ -343,7 +343,7 @@ def test_the_memory_that_a_save_takes(tmp_path, async_save):
     In a new process, which has no memory that others have freed.
     """
     here = Path(__file__).parent
-    call = f"from test_saver import memory_of_a_save; memory_of_a_save(0, {str(tmp_path)!r}, {async_save})"
+    call = f"from test_saver import measure_save_memory; measure_save_memory(0, {str(tmp_path)!r}, {async_save})"
     program = f"import sys; sys.path[:0] = [{str(here)!r}, {str(here.parent)!r}]; {call}"
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, timeout=120)
     grown, size = int((tmp_path / "grown").read_text()), 4 * (16 << 20)

@@ -37,7 +37,7 @@ PHASES = {
     "forward": (Executor, "_forward"),
     "backward": (Executor, "_backward"),
     "optimizer": (Optimizer, "step"),
-    "save": (saving, "write"),
+    "save": (saving, "write_checkpoint"),
     "eval": (Executor, "evaluate"),
     "boundary": (Stopping, "ask"),
 }

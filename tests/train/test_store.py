@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import pytest
 
-from megatron.launch import store
+from megatron.launch import job, store
 from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.errors import JobError
 from megatron.launch.store import connect_store
@@ -94,3 +94,18 @@ def test_torch_adds_no_lines_where_the_store_is_lost() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TORCH_CPP_LOG_LEVEL"}
     done = subprocess.run([sys.executable, "-c", LOST_STORE], env=environment, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("lost\n" * 3, "")
+
+
+class LostStore:
+    """A connection whose server has ended since."""
+
+    def compare_set(self, *_: object) -> bytes:
+        raise RuntimeError("Broken pipe, with a stack of C++")
+
+
+def test_a_first_rank_that_ends_while_another_joins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has reported why, so the other one needs no traceback."""
+    monkeypatch.setattr(job, "connect_store", lambda *_, **__: LostStore())
+    said = f"rank 1 on host {HOST} lost its connection to 127.0.0.1:29500: rank 0 has ended, and its own message says why"
+    with pytest.raises(JobError, match=f"^{said}$"), job.guarded(LaunchEnvironment(1, 2, port=29500)):
+        pass
