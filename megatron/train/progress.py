@@ -1,7 +1,7 @@
-"""Record how far the slices of a run came, in a small file beside its checkpoints; end a slice before its first step. Pure.
+"""Record the progress of a run's slices in a file beside its checkpoints; end a slice that is stopped before its first step.
 
-On a cluster with a time limit a run is a sequence of slices, batch jobs each of which resumes where the one before was stopped.
-If the time limit were too short for the start-up and one step, the run would be requeued for ever without any progress. So two
+On a cluster with a time limit, a run is a sequence of slices: batch jobs, each of which resumes where the previous one stopped.
+If the time limit were too short for the start and one step, the run would be requeued for ever without any progress. So two
 slices in a row without a step are an error.
 """
 
@@ -19,17 +19,17 @@ from megatron.files.side import warning_on_error
 from megatron.launch.exit_report import write_error_file, write_stderr
 
 PROGRESS_FILE = "progress.json"
-STOPPED = 75
+STOPPED = 75  # `ending.Exit.STOPPED`, which cannot be imported here: its module imports torch
 MAX_IDLE_SLICES = 2  # slices in a row without a step
 
 
 class Progress:
-    """Content of `progress.json` in --save when this slice began. Without --save, nothing is read or written.
+    """Content of `progress.json` in --save, as read at the start of this slice. Without --save, nothing is read or written.
 
     Attributes:
-        finished: the iteration at which the run ended, with its last evaluations done; None before that.
-        idle: number of slices in a row, up to the one before this, that were stopped before their first step.
-        job: the launcher's id of the job of the last slice.
+        finished: the iteration at which the run finished, final evaluations included; None before that.
+        idle: number of slices in a row, this one not included, that were stopped before their first step.
+        job: the launcher's id of the job of the previous slice.
         tracker: the iteration in the tracker file of --save when that slice began.
         stopped: that slice was stopped on request.
     """
@@ -56,38 +56,38 @@ class Progress:
             self.stopped = values.get("stopped_on_request") is True
 
     def idle_error(self, why: str) -> str | None:
-        """Return the error message if this slice ends without a step and was not the first such one; None otherwise.
+        """Return the error message for a slice without a step, if the previous one made none either; None otherwise.
 
         Args:
-            why: the reason of the stop, for the message.
+            why: the reason for the stop.
         """
         if self._path is None or self.idle + 1 < MAX_IDLE_SLICES:
             return None
         return (
-            f"{self.idle + 1} slices in a row ended without a single step ({why}): the slot is too short for the start and one "
-            f"step; give the run more time, and delete {self._path}, which keeps the count"
+            f"{self.idle + 1} slices in a row ended without a step ({why}): the time limit is too short for the start and one "
+            f"step; give the run more time, and delete {self._path}, which contains the count"
         )
 
-    # Only the first rank writes. A full disk is no error here, since the file only serves `idle_error` and `finished`.
+    # Only the first rank writes. A disk error only warns, since a run can do without the file.
 
     def write(self, *, finished: int | None = None, idle: int = 0, stopped: bool = False) -> None:
         """Write `progress.json`.
 
         Args:
-            finished: the iteration at which the whole run ended; None if it goes on.
-            idle: number of slices in a row, this one included, that made no step.
+            finished: the iteration at which the whole run ended; None if it has not ended.
+            idle: number of slices in a row, up to this one, that made no step.
             stopped: this slice was stopped on request.
         """
         if self._path is None:
             return
         values: dict[str, Any] = {"finished": finished, "slices_without_a_step": idle, "stopped_on_request": stopped}
         values |= {"job": self.job, "checkpoint_at_start": self.tracker}
-        with warning_on_error(self._path, "the run's slices cannot be noted"):
+        with warning_on_error(self._path, "the progress of the run cannot be recorded"):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self._path, json.dumps(values) + "\n")
 
     def note_start(self, job: str | None, tracker: int | None, attempt: int) -> None:
-        """Record the start of a slice. Restarts by torchrun within a job keep `job` and `tracker` of the first start.
+        """Record the start of a slice. A restart by torchrun within a job keeps `job` and `tracker` of the first start.
 
         Args:
             job: the launcher's id of the job.
@@ -108,14 +108,14 @@ class Progress:
 
 
 class EarlyStop:
-    """End of a slice that is asked to stop before the ranks have joined, when there is nothing to save yet.
+    """Ends a slice that is asked to stop before its training loop has started, when there is nothing to save yet.
 
     Attributes:
-        progress: the record of the run's slices; an empty one until the command has been read.
-        resume_advice: how to resume a run that has saved; set when the command has been read, too.
-        before: the event that the stop comes before, for the message: `the first step`.
-        reading: torchrun started this process, it is not rank 0, and it still reads the command. A SIGTERM then mostly means
-            that rank 0 has found a mistake in the command, so the process ends with 0: torchrun reports all other statuses.
+        progress: the record of the run's slices; set when the command has been read.
+        resume_advice: how to resume a run that has saved; set when the command has been read.
+        before: the event before which the slice stops, for the message.
+        reading: torchrun started this process, which is not rank 0, and it is still reading the command. A SIGTERM then usually
+            means that rank 0 has found a mistake in the command, so the process exits with 0: torchrun would report another.
     """
 
     def __init__(self, rank: int) -> None:
@@ -125,22 +125,22 @@ class EarlyStop:
         self.reading = False
 
     def __call__(self, name: str, rank: int) -> tuple[str, int]:
-        """Return the message and the exit status. One rank calls this for all, or each rank for itself.
+        """Record the stop, and return the message and the exit status. One rank calls this for all, or each rank for itself.
 
         Args:
             name: name of the signal, `SIGTERM`.
             rank: the rank that received it.
         """
         why = f"{name} to rank {rank}"
-        by_hand = name == "SIGINT"  # a Ctrl-C does not show that the time limit is too short
-        error = None if by_hand else self.progress.too_short(f"{why} before it")
-        self.progress.write(finished=self.progress.finished, idle=self.progress.idle + (not by_hand))
+        is_ctrl_c = name == "SIGINT"  # which does not mean that the time limit is too short
+        error = None if is_ctrl_c else self.progress.idle_error(f"{why} before it")
+        self.progress.write(finished=self.progress.finished, idle=self.progress.idle + (not is_ctrl_c))
         if error is not None:
             return f"error: {error}\n", 1
         return f"stopping before {self.before}: {why}; there is nothing to save; start again to go on\n", STOPPED
 
     def exit_process(self, name: str) -> None:
-        """End this process before it has a watchdog. Only rank 0 prints, since the signal mostly reaches all ranks."""
+        """End this process before it has a watchdog. Only rank 0 prints, since a signal usually reaches all ranks."""
         if self.reading and name == "SIGTERM":
             os._exit(0)
         text, status = self(name, self._rank)
