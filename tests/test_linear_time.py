@@ -29,7 +29,7 @@ BUILT = {
     ("megatron/files/foreign.py", "pattern"): (
         r"(model|pytorch_model|tf_model|flax_model)[\w.-]*\.(safetensors|bin|h5|msgpack)(\.index\.json)?"
     ),
-    ("megatron/files/prefixes.py", "'.*' if not name else re.escape(name) + '_.+_(document|sentence)'"): (
+    ("megatron/files/prefixes.py", "re.escape(name) + '_.+_(document|sentence)' if name else '.*'"): (
         r"corpus_.+_(document|sentence)"
     ),
     ("tools/install.py", "re.escape(project['name']) + '\\\\[(.*)\\\\]'"): r"megatron\-plain\[(.*)\]",

@@ -144,8 +144,8 @@ def run_server(
     if started.is_main:
         files = ChatFiles.from_directory(opened.directory / TOKENIZER, engine.tokenizer, template)
         chat = ChatTemplate(files, engine.tokenizer, max_body_bytes(args.max_tokens_to_oom))
-        if chat.trouble and files.template is not None:
-            log_line(f"note: no chats: {chat.trouble}")
+        if chat.unusable and files.template is not None:
+            log_line(f"note: no chats: {chat.unusable}")
         if access.key is None and args.host not in LOOPBACK:
             log_line(f"note: whoever reaches {args.host} can use the model; {KEY_VARIABLE} or --api-key asks for a key")
         name = args.model_name or Path(args.load).resolve().name

@@ -1,8 +1,8 @@
-"""Write files and directories atomically: they appear under their name complete, or not at all.
+"""Write files and directories atomically: they appear under their final name when they are complete, or not at all.
 
-They are written under a temporary name in the same directory, `NAME.<pid>-<random>.tmp`, and renamed. The writer holds an flock
-on the temporary file, which the kernel releases however the writer ends. So the next writer of the same name can remove the
-left-overs of killed writers without touching files that are still being written. Without flock, left-overs stay.
+They are written under a temporary name in the same directory, `NAME.<pid>-<random>.tmp`, and then renamed. The writer holds an
+flock on the temporary file, and the kernel releases it even if the writer is killed. The next writer of the same name removes
+unlocked temporary files, which killed writers left behind. On file systems without flock, such files are not removed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class PendingFile:
     """A file under a temporary name: write to `file`, then call `commit`. Without `commit`, the file is removed.
 
     Attributes:
-        path: the final path; an existing file stays there until `commit`.
+        path: the final path; `commit` replaces a file that exists there.
         temporary: the temporary path.
         file: the file, opened for writing bytes.
     """
@@ -33,18 +33,18 @@ class PendingFile:
         self.path = Path(path)
         remove_leftovers(self.path)
         while True:
-            self.temporary = self.path.with_name(self.path.name + _ending())
-            # O_EXCL, so that an existing file or link of this name is not written to.
+            self.temporary = self.path.with_name(self.path.name + _temporary_suffix())
+            # O_EXCL fails if the name exists: someone may have planted a symlink.
             descriptor = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
-            if _lock(descriptor) is not False and _is_at(descriptor, self.temporary):
+            if _try_lock(descriptor) is not False and _is_at(descriptor, self.temporary):
                 break
-            os.close(descriptor)  # another process took it for a left-over and removed it before it was locked
-        self._lock = os.dup(descriptor)  # keeps the lock after `file` is closed, until the rename
+            os.close(descriptor)  # another process considered it left behind, and removed it before it was locked
+        self._lock = os.dup(descriptor)  # holds the lock until the rename, after `file` is closed
         self.file: IO[bytes] = os.fdopen(descriptor, "wb", buffering=1 << 20)
         self._open = True
 
     def close(self) -> None:
-        """Write the buffered rest, and close the file; OSError when the disk refuses. The lock is kept."""
+        """Flush and close the file, still holding its lock; OSError if the flush fails, as on a full disk."""
         self.file.close()
 
     def commit(self) -> None:
@@ -57,7 +57,7 @@ class PendingFile:
         """Remove the file, unless it was committed."""
         if not self._open:
             return
-        with suppress(OSError):  # the buffered rest may not fit on the disk
+        with suppress(OSError):  # closing flushes, which fails on a full disk
             self.file.close()
         with suppress(OSError):
             self.temporary.unlink(missing_ok=True)
@@ -75,9 +75,9 @@ class PendingFile:
 
 
 def write_whole(path: str | Path, content: str | bytes) -> None:
-    """Write a file atomically: afterwards it has its old content or all of `content`. Text is encoded as UTF-8.
+    """Write a file atomically: afterwards it has either its old content or all of `content`. Text is encoded as UTF-8.
 
-    A link is replaced, not followed. A device or a pipe is written to.
+    A symlink to a file is replaced by the new file. A device or a pipe is written to directly.
 
     Raises:
         OSError: writing failed.
@@ -107,7 +107,7 @@ class PendingDirectory:
 
     Args:
         path: the final path. Its parents are created.
-        made_by: name of the tool, for the marker file that allows to replace the directory later.
+        made_by: name of the tool, for the marker file that permits to replace the directory later.
     """
 
     def __init__(self, path: Path, made_by: str) -> None:
@@ -115,34 +115,34 @@ class PendingDirectory:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path.with_name(f".{path.name}"))
         while True:
-            self.temporary = path.with_name(f".{path.name}{_ending()}")
+            self.temporary = path.with_name(f".{path.name}{_temporary_suffix()}")
             self.temporary.mkdir()
-            with suppress(FileNotFoundError):  # another process took it for a left-over before it was locked
+            with suppress(FileNotFoundError):  # another process removed the directory before it was locked
                 self._lock = os.open(self.temporary / MARKER, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
-                if _lock(self._lock) is not False and _is_at(self._lock, self.temporary / MARKER):
+                if _try_lock(self._lock) is not False and _is_at(self._lock, self.temporary / MARKER):
                     break
                 os.close(self._lock)
         self._open = True
 
     def commit(self, path: Path | None = None, *, marked: bool = True) -> None:
-        """Rename the directory to its final path, replacing an existing one; check that first with `check_replaceable`.
+        """Rename the directory to its final path, replacing an existing one, which `check_replaceable` must have allowed.
 
         Args:
-            path: another final path than that of the constructor.
-            marked: write the marker file.
+            path: the final path, if not that of the constructor.
+            marked: leave the marker file in the directory.
         """
         path = path or self.path
         if marked:
             write_marker(self.temporary, self._made_by, os.listdir(self.temporary))
         else:
             (self.temporary / MARKER).unlink()
-        aside = path.with_name(f".{path.name}{_ending()}")
+        replaced = path.with_name(f".{path.name}{_temporary_suffix()}")
         # A rename cannot replace a directory, so the old one is renamed first.
         if path.exists():
-            os.replace(path, aside)
+            os.replace(path, replaced)
         os.replace(self.temporary, path)
         self._release()
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
 
     def discard(self) -> None:
         """Remove the directory, unless it was committed."""
@@ -162,7 +162,7 @@ class PendingDirectory:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove the temporary files and directories of killed writers of `path`, as far as they can be removed."""
+    """Remove the temporary files and directories that killed writers of `path` left behind; errors are ignored."""
     pattern = re.compile(re.escape(path.name) + TEMPORARY)
     with suppress(OSError):
         for entry in list(os.scandir(path.parent)):
@@ -172,26 +172,26 @@ def remove_leftovers(path: Path) -> None:
 
 
 def _remove_leftover(path: Path, directory: bool) -> None:
-    """Remove a temporary file or directory if its writer has ended, which its lock shows."""
+    """Remove a temporary file or directory if nothing holds its lock, because its writer has ended."""
     with suppress(FileNotFoundError):
         descriptor = os.open(path / MARKER if directory else path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
-            if _lock(descriptor):
+            if _try_lock(descriptor):
                 shutil.rmtree(path) if directory else path.unlink()
         finally:
             os.close(descriptor)
         return
     if directory:
-        path.rmdir()  # a directory without a marker yet; OSError if its writer has created one meanwhile
+        path.rmdir()  # no marker yet; fails with OSError if its writer has just created one
 
 
-def _ending() -> str:
-    """Return a new suffix of a temporary name."""
+def _temporary_suffix() -> str:
+    """Return a new suffix for a temporary name, which `TEMPORARY` matches."""
     return f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
 
 
-def _lock(descriptor: int) -> bool | None:
-    """Try to lock a file; return whether this process holds the lock now, None if the file system has no locks."""
+def _try_lock(descriptor: int) -> bool | None:
+    """Try to lock a file; return whether this process now holds the lock, None if the file system does not support flock."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,4 +1,4 @@
-"""Write the side files of a run, such as metrics, and its console: if a write fails, the run prints a warning and continues."""
+"""Write a run's side files, such as metrics, and its console output: a failed write is a warning, and the run continues."""
 
 from __future__ import annotations
 
@@ -14,74 +14,74 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-MAX_WAITING = 10_000  # maximum number of pieces that are kept while they cannot be written; the oldest are dropped
+MAX_UNWRITTEN = 10_000  # maximum number of pieces buffered while writing fails; the oldest are dropped
 
 
 class SideFile:
-    """An append-only file. Pieces that cannot be written are kept in memory, and written together with the next ones.
+    """An append-only file. Pieces that cannot be written are buffered, and written together with the next ones.
 
-    The file is opened for each addition, so it is created again if somebody removes it. After a partial write it is truncated,
-    so that it never holds half a piece.
+    The file is opened for each addition, so it is created again if it is deleted. After a partial write it is truncated to its
+    old size, so that it never contains part of a piece.
 
     Args:
         path: the file.
-        what: name of its content, for the warning.
-        head: the first bytes of an empty file.
+        what: what the file contains, for the warning.
+        header: bytes to write at the beginning of an empty file.
     """
 
-    def __init__(self, path: Path, what: str, head: bytes = b"") -> None:
-        self.path, self._what, self._head = path, what, head
-        self._waiting: deque[bytes] = deque(maxlen=MAX_WAITING)
+    def __init__(self, path: Path, what: str, header: bytes = b"") -> None:
+        self.path, self._what, self._header = path, what, header
+        self._unwritten: deque[bytes] = deque(maxlen=MAX_UNWRITTEN)
         self._failing = False
 
     def add(self, *pieces: bytes) -> None:
-        """Append the pieces in order; those that cannot be written are kept for the next call."""
-        self._waiting.extend(pieces)
+        """Append the pieces in order; if that fails, they are buffered for the next call."""
+        self._unwritten.extend(pieces)
         try:
             self._write()
         except OSError as error:
             if not self._failing:
-                later = "the run goes on, and it is tried again with what comes next"
-                warn(self.path, f"{self._what} cannot be written", error, later)
+                consequence = "the run goes on, and the next write tries again"
+                warn(self.path, f"{self._what} cannot be written", error, consequence)
             self._failing = True
         else:
             self._failing = False
-            self._waiting.clear()
+            self._unwritten.clear()
 
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
         try:
-            about = os.fstat(descriptor)
-            fresh = stat.S_ISREG(about.st_mode) and about.st_size == 0
-            left = memoryview(b"".join([self._head if fresh else b"", *self._waiting]))
+            status = os.fstat(descriptor)
+            is_empty = stat.S_ISREG(status.st_mode) and status.st_size == 0
+            remaining = memoryview(b"".join([self._header if is_empty else b"", *self._unwritten]))
             try:
-                while left:
-                    left = left[os.write(descriptor, left) :]
+                while remaining:
+                    remaining = remaining[os.write(descriptor, remaining) :]
             except OSError:
                 with suppress(OSError):  # a device cannot be truncated
-                    os.ftruncate(descriptor, about.st_size)
+                    os.ftruncate(descriptor, status.st_size)
                 raise
         finally:
             os.close(descriptor)
 
 
-def warn(path: object, what: str, error: BaseException, then: str = "the run goes on without it") -> None:
+def warn(path: object, what: str, error: BaseException, consequence: str = "the run goes on without it") -> None:
     """Log a warning that a side file failed.
 
     Args:
         path: the file.
         what: what failed.
-        error: the reason.
-        then: the consequence.
+        error: the error that was caught.
+        consequence: how the run continues.
     """
     cause = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-    logging.getLogger(__name__).warning("%s: %s: %s; %s", path, what, cause, then)
+    logging.getLogger(__name__).warning("%s: %s: %s; %s", path, what, cause, consequence)
 
 
 @contextmanager
 def warning_on_error(path: object, what: str) -> Iterator[None]:
-    """Turn an OSError of the block into a warning. what: what failed, for the warning."""
+    """Turn an OSError of the block into a warning that `what` failed for the file `path`."""
     try:
         yield
     except OSError as error:
@@ -89,7 +89,7 @@ def warning_on_error(path: object, what: str) -> Iterator[None]:
 
 
 class SideStream:
-    """Wraps standard output or error of a run: a full disk, or a reader that has left, does not end the run."""
+    """Wraps standard output or error of a run, so that a full disk or a closed pipe does not end the run."""
 
     def __init__(self, stream: TextIO, name: str) -> None:
         self._stream, self._name, self.failed = stream, name, False
@@ -98,13 +98,13 @@ class SideStream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write the text if the stream accepts it."""
+        """Write the text; an OSError is ignored, after a first warning."""
         with self._warn_once():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Write the buffered text if the stream accepts it."""
+        """Flush the stream; an OSError is ignored, after a first warning."""
         with self._warn_once():
             self._stream.flush()
 
@@ -115,29 +115,29 @@ class SideStream:
         except OSError as error:
             first, self.failed = not self.failed, True
             if first and self._name == "standard output":
-                warn(self._name, "cannot be written to", error, "the run goes on, and lines are lost meanwhile")
+                warn(self._name, "cannot be written to", error, "the run goes on, and lines are lost until it can be written")
 
     def release(self) -> None:
-        """Drop buffered text that cannot be written, which the interpreter would report as an error at exit."""
+        """Discard buffered text that cannot be written: Python would report an error when it flushes the stream at exit."""
         if not self.failed:
             return
         try:
             self._stream.flush()
         except OSError:
-            _drop(self._stream)
+            _redirect_to_null(self._stream)
 
 
 @contextmanager
 def forgiving_streams() -> Iterator[None]:
-    """Ignore errors of printing inside the block. A stream that was closed from the beginning is replaced by /dev/null."""
-    before = sys.stdout, sys.stderr
+    """Ignore errors of printing inside the block. A stream that was closed when Python started is replaced by /dev/null."""
+    original = sys.stdout, sys.stderr
     names = ("standard output", "standard error")
-    streams = [SideStream(_unwrap(stream) or _null_stream(), name) for stream, name in zip(before, names, strict=True)]
+    streams = [SideStream(_unwrap(stream) or _null_stream(), name) for stream, name in zip(original, names, strict=True)]
     sys.stdout, sys.stderr = (cast(TextIO, stream) for stream in streams)
     try:
         yield
     finally:
-        sys.stdout, sys.stderr = before
+        sys.stdout, sys.stderr = original
         for stream in streams:
             stream.flush()
             stream.release()
@@ -149,9 +149,9 @@ def _null_stream() -> TextIO:
 
 
 class PipedStream:
-    """Wraps standard output or error of a tool: when the reader has left, the program ends silently, as by SIGPIPE.
+    """Wraps standard output or error of a tool, so that a closed pipe ends the program silently, as SIGPIPE would.
 
-    It ends by SystemExit, which no handler of errors catches. Other failures, such as a full disk, are reported.
+    It ends by SystemExit, which `except Exception` does not catch. Other failures, such as a full disk, are reported.
     """
 
     def __init__(self, stream: TextIO, name: str) -> None:
@@ -172,7 +172,7 @@ class PipedStream:
             self.write(line)
 
     def flush(self) -> None:
-        """Write the buffered text, or end the program."""
+        """Flush the stream, or end the program."""
         with self._exit_on_error():
             self._stream.flush()
 
@@ -181,7 +181,7 @@ class PipedStream:
         try:
             yield
         except OSError as error:
-            _drop(self._stream)
+            _redirect_to_null(self._stream)
             if isinstance(error, BrokenPipeError):
                 raise SystemExit(128 + signal.SIGPIPE) from None
             if self._name != "standard error":
@@ -191,10 +191,10 @@ class PipedStream:
 
 @contextmanager
 def piped_streams() -> Iterator[None]:
-    """End the program if text that is printed inside the block cannot be written, including what is buffered at its end."""
-    before = sys.stdout, sys.stderr
+    """End the program if text printed inside the block cannot be written, at the latest when the block ends by a flush."""
+    original = sys.stdout, sys.stderr
     names = ("standard output", "standard error")
-    streams = [stream and PipedStream(stream, name) for stream, name in zip(map(_unwrap, before), names, strict=True)]
+    streams = [stream and PipedStream(stream, name) for stream, name in zip(map(_unwrap, original), names, strict=True)]
     sys.stdout, sys.stderr = (cast(TextIO, stream) for stream in streams)
     try:
         yield
@@ -203,18 +203,18 @@ def piped_streams() -> Iterator[None]:
             for stream in filter(None, streams):
                 stream.flush()
         finally:
-            sys.stdout, sys.stderr = before
+            sys.stdout, sys.stderr = original
 
 
 def _unwrap(stream: Any) -> Any:
-    """Return a stream without the wrapper of another block; None for one that was closed from the beginning."""
+    """Return a stream without the wrapper of an outer block; None if it was closed when Python started."""
     return stream._stream if isinstance(stream, SideStream | PipedStream) else stream
 
 
-def _drop(stream: TextIO) -> None:
-    """Redirect a stream that cannot be written to /dev/null, since the interpreter would report its error again at exit."""
+def _redirect_to_null(stream: TextIO) -> None:
+    """Redirect a stream that cannot be written to /dev/null, since Python would report the error again at exit."""
     with suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
         stream.flush()

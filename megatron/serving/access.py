@@ -1,8 +1,7 @@
-"""Check who may use the server, by host name, origin and API key.
+"""Check each request's Host, Origin and API key.
 
-A web page that somebody on this network opens can send some kinds of requests to the server; the browser adds the page's
-origin. With a host name of its own that resolves to this machine's address (DNS rebinding), the page could even read the
-replies.
+A web page opened by anyone on this network can send some kinds of requests to the server, with the page's origin as a header.
+If the page's own host name is made to resolve to this machine's address (DNS rebinding), it could even read the replies.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Any
 
 from megatron.serving.fields import RequestError, one_line
 
-ANY_NAME = "*"
+ANY = "*"  # permits any host or origin
 KEY_VARIABLE = "MEGATRON_API_KEY"
 LOOPBACK = frozenset(("localhost", "127.0.0.1", "::1"))
 PREFLIGHT_SECONDS = 600  # how long a browser may cache the answer to a preflight request
@@ -28,13 +27,13 @@ DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 
 
 def parse_host(authority: str) -> str | None:
-    """Return the name or address in `name`, `name:port` or `[address]:port`, in lower case; None for anything else."""
+    """Return the host in `name`, `name:port` or `[address]:port`, in lower case; None if the text has another form."""
     match = AUTHORITY.fullmatch(authority)
     return match["host"].strip("[]").lower().rstrip(".") or None if match else None
 
 
-def normal_origin(text: str) -> str | None:
-    """Return an origin in the browsers' form, `https://name:port` or `null`; None for anything else."""
+def normalize_origin(text: str) -> str | None:
+    """Return an origin as browsers write it, `https://name:port` without a default port, or `null`; None if it is invalid."""
     if text == "null":
         return text
     match = ORIGIN.fullmatch(text)
@@ -45,7 +44,7 @@ def normal_origin(text: str) -> str | None:
 
 
 def is_address(host: str) -> bool:
-    """Return whether `host` is an IP address and no name."""
+    """Return whether `host` is an IP address, not a name."""
     try:
         ipaddress.ip_address(host)
     except ValueError:
@@ -54,19 +53,19 @@ def is_address(host: str) -> bool:
 
 
 def machine_names(bound: str) -> frozenset[str]:
-    """Return the host names of a server that is bound to this name or address."""
-    names = {"localhost", bound.lower(), *(socket.gethostname().lower(),)}
+    """Return the host names under which clients may reach a server that is bound to this name or address."""
+    names = {"localhost", bound.lower(), socket.gethostname().lower()}
     if bound not in LOOPBACK:
-        names.add(socket.getfqdn().lower())  # may query a name server, so only if other hosts can connect
+        names.add(socket.getfqdn().lower())  # may query a DNS server, so only if other hosts can connect
     return frozenset({*names, *(name.partition(".")[0] for name in names if not is_address(name))})
 
 
 def check_key(flag: str | None, environment: Mapping[str, str]) -> str | None:
-    """Return the API key of the flag or the environment, None for none; ValueError for one that clients cannot send."""
+    """Return the API key of the flag or else the environment, None if neither is set; ValueError if it cannot be sent."""
     name, key = ("--api-key", flag) if flag is not None else (KEY_VARIABLE, environment.get(KEY_VARIABLE))
     if key is not None and not re.fullmatch(r"[!-~]+", key):
-        what = "is empty" if not key else "holds a space or another character that is no visible ASCII"
-        raise ValueError(f"{name} {what}: give a key, or take it away to ask for none")
+        what = "is empty" if not key else "contains a space or another character that is not visible ASCII"
+        raise ValueError(f"{name} {what}: give another key, or leave {name} out to require none")
     return key
 
 
@@ -77,7 +76,7 @@ class Access:
     Attributes:
         hosts: the server's names; IP addresses are always allowed.
         origins: origins of web pages that may send requests.
-        key: the API key; None for none.
+        key: the API key; None if none is required.
     """
 
     hosts: frozenset[str] = LOOPBACK
@@ -89,68 +88,80 @@ class Access:
         """Return the requirements of a server.
 
         Args:
-            bound: the name or address that it is bound to.
+            bound: the name or address that the server is bound to.
             hosts: further names of the server, `*` for all.
             origins: origins of web pages that may send requests, `*` for all.
-            key: the API key; None for none.
+            key: the API key; None if none is required.
 
         Raises:
             ValueError: a host or an origin is invalid.
         """
         allowed_hosts, allowed_origins = set(machine_names(bound)), set()
         for text in hosts:
-            host = ANY_NAME if text == ANY_NAME else parse_host(text)
+            host = ANY if text == ANY else parse_host(text)
             if host is None:
-                raise ValueError(f"--allow-host {text} is no host; legal: a name, an address, or * for all")
+                raise ValueError(f"--allow-host {text} is not a host; legal: a name, an address, or * for all")
             allowed_hosts.add(host)
         for text in origins:
-            origin = ANY_NAME if text == ANY_NAME else normal_origin(text)
+            origin = ANY if text == ANY else normalize_origin(text)
             if origin is None:
-                raise ValueError(f"--allow-origin {text} is no origin; legal: https://name, http://name:port, null, * for all")
+                raise ValueError(
+                    f"--allow-origin {text} is not an origin; legal: https://name, http://name:port, null, * for all"
+                )
             allowed_origins.add(origin)
         return cls(frozenset(allowed_hosts), frozenset(allowed_origins), key)
 
-    def check_host(self, given: Sequence[str]) -> str:
-        """Return the host of the request, "" if it names none; RequestError if it is not this server's."""
-        if not given:
-            return ""  # HTTP/1.0, which browsers do not use
-        host = parse_host(given[0])
-        if host is None or not (ANY_NAME in self.hosts or host in self.hosts or is_address(host)):
+    def check_host(self, values: Sequence[str]) -> str:
+        """Return the host from the values of the Host header, "" without one; RequestError if it is not this server's."""
+        if not values:
+            return ""  # only HTTP/1.0 permits this, which browsers do not use
+        host = parse_host(values[0])
+        if host is None or not (ANY in self.hosts or host in self.hosts or is_address(host)):
             raise RequestError(
-                f"the request is for the host {given[0]!r}, which is not known as this server's: --allow-host lets it in",
+                f"the request is for the host {values[0]!r}, which is not known as this server's: --allow-host permits it",
                 status=403,
             )
         return host
 
-    def check_origin(self, given: Sequence[str], host: str) -> str | None:
-        """Return the origin to allow in the reply, None if the request has none; RequestError for a foreign one.
+    def check_origin(self, values: Sequence[str], host: str) -> str | None:
+        """Check the origin of the page that sent a request.
 
-        Origins on the request's host, on this machine's names and on the loopback addresses are allowed, with any port.
+        Allowed are, besides `origins`, the request's host, this machine's names and the loopback addresses, with any port.
+
+        Args:
+            values: the values of the Origin header.
+            host: the request's host.
+
+        Returns:
+            The origin to allow in the reply; None if the request has none.
+
+        Raises:
+            RequestError: the origin is not allowed.
         """
-        if not given:
+        if not values:
             return None
-        origin = normal_origin(given[0]) if len(given) == 1 else None
+        origin = normalize_origin(values[0]) if len(values) == 1 else None
         match = ORIGIN.fullmatch(origin or "")
         name = parse_host(match["authority"]) if match else None
-        own = name is not None and (name in (self.hosts | LOOPBACK) - {ANY_NAME} or name == host)
-        if origin is None or not (own or self.origins & {origin, ANY_NAME}):
-            shown = ", ".join(given)
-            raise RequestError(f"the page at {shown!r} may not ask this server: --allow-origin lets it in", status=403)
-        return given[0]
+        is_own = name is not None and (name in (self.hosts | LOOPBACK) - {ANY} or name == host)
+        if origin is None or not (is_own or self.origins & {origin, ANY}):
+            page = ", ".join(values)
+            raise RequestError(f"the page at {page!r} may not use this server: --allow-origin permits it", status=403)
+        return values[0]
 
-    def check_authorization(self, given: Sequence[str]) -> None:
-        """Raise RequestError for a wrong or missing key; the comparison takes constant time."""
+    def check_authorization(self, values: Sequence[str]) -> None:
+        """Raise RequestError for a wrong or missing key in the Authorization header; the comparison takes constant time."""
         if self.key is None:
             return
-        scheme, _, sent = given[0].partition(" ") if given else ("", "", "")
+        scheme, _, sent = values[0].partition(" ") if values else ("", "", "")
         digests = [hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest() for key in (self.key, sent.strip(" "))]
         if scheme.lower() != "bearer" or not hmac.compare_digest(*digests):
-            what = "the API key is wrong" if given else "an API key is needed"
+            what = "the API key is wrong" if values else "an API key is needed"
             raise RequestError(f"{what}: send the header 'Authorization: Bearer KEY'", status=401, code="invalid_api_key")
 
 
 def with_access_checks(app: Any, access: Access, log: Callable[[str], object]) -> Any:
-    """Return an ASGI application behind these checks, with the headers of allowed origins (CORS).
+    """Wrap an ASGI application in these checks; replies to allowed origins get the CORS headers.
 
     Args:
         app: the application.
@@ -159,7 +170,7 @@ def with_access_checks(app: Any, access: Access, log: Callable[[str], object]) -
     """
     from starlette.responses import JSONResponse, Response
 
-    async def gate(scope: Any, receive: Any, send: Any) -> None:
+    async def checked_app(scope: Any, receive: Any, send: Any) -> None:
         def header(name: bytes) -> list[str]:
             return [value.decode("latin-1") for key, value in scope["headers"] if key == name]
 
@@ -167,10 +178,10 @@ def with_access_checks(app: Any, access: Access, log: Callable[[str], object]) -
         try:
             host = access.check_host(header(b"host"))
             origin = access.check_origin(header(b"origin"), host)
-            asked = header(b"access-control-request-method")
-            if scope["method"] == "OPTIONS" and origin is not None and asked:
-                private = header(b"access-control-request-private-network")
-                headers = _preflight(header(b"access-control-request-headers"), private)
+            requested_method = header(b"access-control-request-method")
+            if scope["method"] == "OPTIONS" and origin is not None and requested_method:
+                private_network = header(b"access-control-request-private-network")
+                headers = _preflight_headers(header(b"access-control-request-headers"), private_network)
                 await Response(status_code=204, headers=headers)(scope, receive, _with_origin(origin, send))
                 return
             # Load balancers, which have no key, request /health.
@@ -184,30 +195,30 @@ def with_access_checks(app: Any, access: Access, log: Callable[[str], object]) -
             return
         await app(scope, receive, _with_origin(origin, send))
 
-    return gate
+    return checked_app
 
 
-def _preflight(asked: Sequence[str], private_network: Sequence[str]) -> dict[str, str]:
-    """Return the headers of the answer to a CORS preflight request."""
-    names = [name.strip() for name in ",".join(asked).split(",")]
-    named = [name for name in names if re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}", name)]
+def _preflight_headers(requested: Sequence[str], private_network: Sequence[str]) -> dict[str, str]:
+    """Return the headers of the reply to a CORS preflight request, which allow all valid header names that it requests."""
+    names = [name.strip() for name in ",".join(requested).split(",")]
+    valid = [name for name in names if re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}", name)]
     return {
         "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, OPTIONS",
-        "Access-Control-Allow-Headers": ", ".join(named) or "authorization, content-type",
+        "Access-Control-Allow-Headers": ", ".join(valid) or "authorization, content-type",
         "Access-Control-Max-Age": str(PREFLIGHT_SECONDS),
         **({"Access-Control-Allow-Private-Network": "true"} if private_network else {}),
     }
 
 
 def _with_origin(origin: str | None, send: Any) -> Any:
-    """Return `send`, wrapped to add the headers with which a browser lets the page read the reply."""
+    """Return ASGI's `send`, wrapped to add the headers that make a browser let the page read the reply."""
     if origin is None:
         return send
 
-    async def sending(message: Any) -> None:
+    async def send_with_origin(message: Any) -> None:
         if message["type"] == "http.response.start":
-            named = [(b"access-control-allow-origin", origin.encode("latin-1")), (b"vary", b"Origin")]
-            message = {**message, "headers": [*message.get("headers", []), *named]}
+            cors = [(b"access-control-allow-origin", origin.encode("latin-1")), (b"vary", b"Origin")]
+            message = {**message, "headers": [*message.get("headers", []), *cors]}
         await send(message)
 
-    return sending
+    return send_with_origin

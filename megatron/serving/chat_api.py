@@ -55,7 +55,7 @@ def _message(given: Any, where: str) -> dict[str, Any]:
         if name in TEXTS and not isinstance(value, str):
             raise RequestError(f"{where}.{name} must be a string", "messages")
         if name not in ("role", "content", "tool_calls", *TEXTS):
-            raise RequestError(f"{where}.{name} is no field of a message", "messages")
+            raise RequestError(f"{where}.{name} is not a field of a message", "messages")
     calls = message.get("tool_calls", [])
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise RequestError(f"{where}.tool_calls must be a list of objects", "messages")

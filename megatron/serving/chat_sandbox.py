@@ -1,6 +1,6 @@
-"""Give chat templates Jinja's sandbox with transformers' globals, filters and tags, so that they write the same text.
+"""Jinja's sandbox with transformers' globals, filters and tags for chat templates, so that they write the same text as there.
 
-Imported only where a template is compiled, in the process of `chat_render`.
+Only the process of `chat_render`, which compiles templates, imports this module.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from jinja2.utils import Namespace
 
 from megatron.launch.packages import install_command
 
-MIN_JINJA = (3, 1, 6)  # earlier sandboxes have known ways out
+MIN_JINJA = (3, 1, 6)  # earlier versions have known sandbox escapes
 
 
 class ChatEnvironment(ImmutableSandboxedEnvironment):
-    """The environment in which a chat template is compiled. ValueError for a jinja2 whose sandbox is not safe."""
+    """The environment in which a chat template is compiled; ValueError if jinja2 is too old for a safe sandbox."""
 
     def __init__(self) -> None:
         check_version(jinja2.__version__)
@@ -34,37 +34,37 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
 
 
 def check_version(installed: str) -> None:
-    """Raise ValueError for a version of jinja2 whose sandbox has known ways out."""
+    """Raise ValueError for a version of jinja2 with known sandbox escapes."""
     if tuple(int(part) for part in installed.split(".")[:3] if part.isdigit()) < MIN_JINJA:
-        least = ".".join(map(str, MIN_JINJA))
-        raise ValueError(f"jinja2 {installed} is too old for strangers' templates, {least} is not: {install_command('jinja2')}")
+        minimum = ".".join(map(str, MIN_JINJA))
+        raise ValueError(f"jinja2 {installed} has an unsafe sandbox; {minimum} or later is needed: {install_command('jinja2')}")
 
 
 class GenerationTag(Extension):
-    """The tag around an assistant's words, which matters only to training."""
+    """The tag `generation` around an assistant's reply, which only training uses; here it changes nothing."""
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Any) -> Any:
-        """Return what is between the tag and its end, as it is."""
+        """Return a node for the statements between the tag and its end."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("as_it_is"), [], [], body).set_lineno(line)
+        return nodes.CallBlock(self.call_method("unchanged"), [], [], body).set_lineno(line)
 
-    def as_it_is(self, caller: Callable[[], str]) -> str:
+    def unchanged(self, caller: Callable[[], str]) -> str:
         """Return the text inside of the tag."""
         return caller()
 
 
 class PlainNamespace(Namespace):
-    """A namespace of variables that holds no name which begins with an underscore."""
+    """Jinja's namespace, without names that begin with an underscore: such as __class__ could lead out of the sandbox."""
 
-    def __init__(*args: Any, **named: Any) -> None:
+    def __init__(*args: Any, **keywords: Any) -> None:
         self, args = args[0], args[1:]
-        held = dict(*args, **named)
-        for name in held:
+        variables = dict(*args, **keywords)
+        for name in variables:
             PlainNamespace.check(name)
-        Namespace.__init__(self, held)
+        Namespace.__init__(self, variables)
 
     def __setitem__(self, name: str, value: Any) -> None:
         PlainNamespace.check(name)
@@ -78,11 +78,11 @@ class PlainNamespace(Namespace):
 
 
 class PlainDict:
-    """The type `dict` with what templates may do with it."""
+    """A replacement for the type `dict`, with only the operations that templates need."""
 
-    def __call__(self, *args: Any, **named: Any) -> dict[Any, Any]:
+    def __call__(self, *args: Any, **keywords: Any) -> dict[Any, Any]:
         """Return `dict` of the arguments."""
-        return dict(*args, **named)
+        return dict(*args, **keywords)
 
     def fromkeys(self, *args: Any) -> dict[Any, Any]:
         """Return `dict.fromkeys` of the arguments."""
@@ -90,23 +90,23 @@ class PlainDict:
 
 
 def raise_exception(message: str) -> None:
-    """Let a template refuse a conversation."""
+    """Raise TemplateError, by which a template refuses a conversation."""
     raise TemplateError(message)
 
 
 def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
-    """Write a value as JSON; unlike jinja's own filter without HTML's escapes.
+    """Return a value as JSON, without the HTML escapes of jinja's own filter.
 
     Args:
         value: the value.
-        ensure_ascii: escape all characters beyond ASCII.
-        indent: see `json.dumps`.
-        separators: see `json.dumps`.
+        ensure_ascii: escape all non-ASCII characters.
+        indent: as for `json.dumps`.
+        separators: as for `json.dumps`.
         sort_keys: sort the fields by name.
     """
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def strftime_now(form: str) -> str:
+def strftime_now(format: str) -> str:
     """Return the current time in a format of `strftime`."""
-    return datetime.now().strftime(form)
+    return datetime.now().strftime(format)

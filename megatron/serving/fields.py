@@ -1,4 +1,4 @@
-"""Read the fields of a request, with an error message that names an invalid one."""
+"""Read and check the fields of a request's JSON body; error messages name the invalid field."""
 
 from __future__ import annotations
 
@@ -7,56 +7,60 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-MAX_MESSAGE = 2000  # characters of an error message, which may quote the client's text
-MAX_LINE = 300  # characters of each part of a log line
-MAX_INTEGER = 2**63 - 1  # upper limit of fields without one, so that an error message can quote the number
+MAX_MESSAGE_LENGTH = 2000  # maximum characters of an error message, which may quote the client's text
+MAX_LOG_LENGTH = 300  # maximum characters of a text in a log line
+MAX_INTEGER = 2**63 - 1  # for fields without another upper limit, so that an error message can quote the number
 
 
 class RequestError(ValueError):
     """A request cannot be answered.
 
     Attributes:
-        param: the name of the invalid field; None for none.
+        param: the name of the invalid field; None if the error concerns no field.
         status: the HTTP status.
-        code: OpenAI's code of the error, for programs; None for none.
+        code: OpenAI's identifier of the error, such as `invalid_api_key`; None if there is none.
     """
 
     def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None) -> None:
-        super().__init__(message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}...")
-        param = param if param is None else param[:MAX_MESSAGE]
+        super().__init__(message if len(message) <= MAX_MESSAGE_LENGTH else f"{message[:MAX_MESSAGE_LENGTH]}...")
+        param = param if param is None else param[:MAX_MESSAGE_LENGTH]
         self.param, self.status, self.code = param, status, code
 
     def body(self) -> dict[str, Any]:
         """Return the error in the form of OpenAI's API."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+        error_type = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": str(self), "type": error_type, "param": self.param, "code": self.code}}
 
 
 class Fields:
-    """The fields of a request, a JSON object; null counts as absent.
+    """The fields of a request's body. A field whose value is null counts as absent.
 
-    RequestError if the body is not a JSON object, or names a field twice at any depth, since JSON does not define which counts.
+    Args:
+        body: the body, a JSON object.
 
     Attributes:
         values: the values of the fields, by name.
+
+    Raises:
+        RequestError: the body is not a JSON object, or an object in it has a field twice, for which JSON defines no value.
     """
 
     def __init__(self, body: bytes) -> None:
         try:
-            held = json.loads(body, object_pairs_hook=_distinct)
-            json.dumps(held, ensure_ascii=False).encode()  # fails for half of a surrogate pair, which is JSON but not text
+            values = json.loads(body, object_pairs_hook=_object_without_duplicates)
+            json.dumps(values, ensure_ascii=False).encode()  # fails for unpaired surrogates, which JSON permits
         except RequestError:
             raise
         except (ValueError, RecursionError) as error:
-            raise RequestError(f"the request's body is no JSON: {error}") from error
-        if not isinstance(held, dict):
-            raise RequestError("the request's body is no JSON object")
-        self.values: Mapping[str, Any] = {name: value for name, value in held.items() if value is not None}
+            raise RequestError(f"the request's body is not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise RequestError("the request's body is not a JSON object")
+        self.values: Mapping[str, Any] = {name: value for name, value in values.items() if value is not None}
 
     def only(self, known: frozenset[str]) -> None:
-        """Raise RequestError for an unknown field, since a misspelt one would be ignored silently."""
+        """Raise RequestError for a field that is not known, so that a misspelt one is not silently ignored."""
         for name in self.values.keys() - known:
-            raise RequestError(f"{name} is no field of this request; there are {', '.join(sorted(known))}", name)
+            raise RequestError(f"{name} is not a field of this request; its fields are {', '.join(sorted(known))}", name)
 
     def integer(self, name: str, default: int, low: int, high: int | None = None) -> int:
         """Return an integer.
@@ -65,13 +69,13 @@ class Fields:
             name: name of the field.
             default: the value of an absent field.
             low: the minimum.
-            high: the maximum; None for no limit.
+            high: the maximum; None for `MAX_INTEGER`.
 
         Raises:
-            RequestError: the value is anything else.
+            RequestError: the value is not such an integer.
         """
         value = self.values.get(name, default)
-        # A bool is an int for isinstance, and true is no number.
+        # Not isinstance, since a bool is an int in Python, but true is not a number in JSON.
         if type(value) is not int or not low <= value <= (MAX_INTEGER if high is None else high):
             legal = f"at least {low}" if high is None else f"from {low} to {high}"
             raise RequestError(f"{name} must be a whole number {legal}", name)
@@ -85,10 +89,10 @@ class Fields:
             default: the value of an absent field.
             low: the minimum.
             high: the maximum.
-            above: `low` itself is not allowed.
+            above: the value must be above `low`.
 
         Raises:
-            RequestError: the value is anything else.
+            RequestError: the value is not such a number.
         """
         value = self.values.get(name, default)
         legal = type(value) in (int, float) and low <= value <= high and not (above and value == low)
@@ -97,30 +101,30 @@ class Fields:
         return float(value)
 
     def boolean(self, name: str, default: bool = False) -> bool:
-        """Return true or false; RequestError for anything else."""
+        """Return a boolean; RequestError if the value is anything else."""
         value = self.values.get(name, default)
         if not isinstance(value, bool):
             raise RequestError(f"{name} must be true or false", name)
         return value
 
     def text(self, name: str, default: str) -> str:
-        """Return a string; RequestError for anything else."""
+        """Return a string; RequestError if the value is anything else."""
         value = self.values.get(name, default)
         if not isinstance(value, str):
             raise RequestError(f"{name} must be a string", name)
         return value
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the object of these fields; RequestError where two have one name."""
-    held = dict(pairs)
-    if len(held) < len(pairs):
-        names = Counter(name for name, _ in pairs)
-        twice = next(name for name, count in names.items() if count > 1)
-        raise RequestError(f"the request's body holds the field {twice!r} more than once", twice)
-    return held
+def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the names and values of a JSON object as a dict; RequestError if a name occurs twice."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        duplicate = next(name for name, count in counts.items() if count > 1)
+        raise RequestError(f"the request's body has the field {duplicate!r} more than once", duplicate)
+    return values
 
 
 def one_line(text: str) -> str:
-    """Return the text as a part of one line of the log, since it may quote what a client sent."""
-    return "".join(c if c.isprintable() else "?" for c in text[:MAX_LINE])
+    """Return a text from a client made safe for a log line: shortened, with `?` for unprintable characters and line ends."""
+    return "".join(c if c.isprintable() else "?" for c in text[:MAX_LOG_LENGTH])

@@ -1,6 +1,6 @@
-"""Read requests and write replies of OpenAI's completions API.
+"""Parse requests and build replies of OpenAI's completions API.
 
-Its reference is https://platform.openai.com/docs/api-reference/completions.
+The reference is https://platform.openai.com/docs/api-reference/completions.
 """
 
 from __future__ import annotations
@@ -27,21 +27,24 @@ class CompletionRequest(OpenAIRequest):
 
     @classmethod
     def from_fields(cls, fields: Fields, tokenizer: Tokenizer, model: str, ends: Sequence[int]) -> CompletionRequest:
-        """Read a request; RequestError for the first invalid field.
+        """Parse a request.
 
         Args:
             fields: the fields of the request.
             tokenizer: the model's tokenizer.
-            model: the model's name for clients.
-            ends: tokens that end a text.
+            model: the name by which clients know the model.
+            ends: ids of the tokens that end a text.
+
+        Raises:
+            RequestError: a field is invalid; the message names the first one.
         """
         check_names(fields, KNOWN, NOT_OFFERED, model)
         samples = fields.integer("n", 1, 1, MAX_PROMPTS)
         if fields.integer("best_of", samples, 1) != samples:
-            raise RequestError("best_of is not offered: leave it out, n gives as many texts", "best_of")
-        prompts = [prompt for prompt in _prompts(fields, tokenizer) for _ in range(samples)]
+            raise RequestError("best_of is not supported: leave it out, or give it the value of n", "best_of")
+        prompts = [prompt for prompt in _read_prompts(fields, tokenizer) for _ in range(samples)]
         if len(prompts) > MAX_PROMPTS:
-            raise RequestError(f"{len(prompts)} texts are asked for; legal: up to {MAX_PROMPTS}", "prompt")
+            raise RequestError(f"the request is for {len(prompts)} texts; legal: up to {MAX_PROMPTS}", "prompt")
         echo, (stream, usage), (sampling, seed) = fields.boolean("echo"), read_stream(fields), read_sampling(fields)
         task = GenerationTask(
             prompts=tuple(prompts),
@@ -55,31 +58,31 @@ class CompletionRequest(OpenAIRequest):
         return cls(task, samples, stream, usage, model, f"cmpl-{secrets.token_hex(12)}", int(time.time()), echo)
 
     def full_reply(self, completions: Sequence[CompletionText]) -> dict[str, Any]:
-        """Return the reply to a request without streaming."""
+        """Return the reply's body if it is not streamed."""
         choices = [choice for i, completion in enumerate(completions) for choice in self._choices(i, completion)]
         return self._body(choices, usage=count_usage(completions, self.samples))
 
     def first_chunks(self) -> list[dict[str, Any]]:
-        """Return the chunks of a stream before the first text: none."""
+        """Return the chunks of a stream that precede the first text: none in this API."""
         return []
 
     def chunks(self, index: int, completion: CompletionText) -> list[dict[str, Any]]:
-        """Return the chunks of a stream for the new part of a text."""
+        """Return the chunks of a stream with the new part of a completion."""
         return [self._body([choice], **self._no_usage()) for choice in self._choices(index, completion)]
 
     def last_chunks(self, completions: Sequence[CompletionText]) -> list[dict[str, Any]]:
-        """Return the chunks of a stream after the last text."""
+        """Return the chunks of a stream that follow the last text: the token counts, if requested."""
         return [self._body([], usage=count_usage(completions, self.samples))] if self.usage else []
 
     def _no_usage(self) -> dict[str, Any]:
         return {"usage": None} if self.usage else {}
 
-    def _body(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        about = {"id": self.id, "object": "text_completion", "created": self.created, "model": self.model}
-        return {**about, "choices": choices, **more}
+    def _body(self, choices: list[dict[str, Any]], **usage: Any) -> dict[str, Any]:
+        header = {"id": self.id, "object": "text_completion", "created": self.created, "model": self.model}
+        return {**header, "choices": choices, **usage}
 
     def _choices(self, index: int, completion: CompletionText) -> list[dict[str, Any]]:
-        """Return the entry of `choices` for the new part of a text; none if nothing is new."""
+        """Return a list with the entry of `choices` for the new part of a completion; an empty list if nothing is new."""
         text, log_probs = completion.show()
         if not text and not completion.end and not (log_probs and log_probs["tokens"]):
             return []
@@ -87,23 +90,23 @@ class CompletionRequest(OpenAIRequest):
 
 
 def count_usage(completions: Sequence[CompletionText], samples: int) -> dict[str, int]:
-    """Return the numbers of tokens. Every prompt counts once, even if it has several completions."""
-    prompts, written = sum(r.start for r in completions[::samples]), sum(r.written for r in completions)
-    return {"prompt_tokens": prompts, "completion_tokens": written, "total_tokens": prompts + written}
+    """Return the reply's `usage`. The tokens of a prompt with several completions (`samples`) count once."""
+    prompts, completion_tokens = sum(r.start for r in completions[::samples]), sum(r.written for r in completions)
+    return {"prompt_tokens": prompts, "completion_tokens": completion_tokens, "total_tokens": prompts + completion_tokens}
 
 
-def _prompts(fields: Fields, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
-    """Read the prompts: a string, token ids, or a list of either."""
-    given = fields.values.get("prompt")
-    several = isinstance(given, list) and all(isinstance(prompt, str | list) for prompt in given)
-    prompts = given if isinstance(given, list) and several else [given]
+def _read_prompts(fields: Fields, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+    """Return the tokens of each prompt. The field is a string, a list of token ids, or a list of either."""
+    value = fields.values.get("prompt")
+    is_list_of_prompts = isinstance(value, list) and all(isinstance(prompt, str | list) for prompt in value)
+    prompts = value if isinstance(value, list) and is_list_of_prompts else [value]
     if not prompts:
         raise RequestError("prompt is empty", "prompt")
-    return [_tokens(prompt, tokenizer) for prompt in prompts]
+    return [_tokenize_prompt(prompt, tokenizer) for prompt in prompts]
 
 
-def _tokens(prompt: Any, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Return one prompt as tokens."""
+def _tokenize_prompt(prompt: Any, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the tokens of one prompt, which is a string or a list of token ids."""
     if isinstance(prompt, str):
         try:
             return tuple(tokenizer.tokenize(prompt))
@@ -111,4 +114,4 @@ def _tokens(prompt: Any, tokenizer: Tokenizer) -> tuple[int, ...]:
             raise RequestError(str(error), "prompt") from error
     if isinstance(prompt, list) and all(type(token) is int for token in prompt):
         return tuple(prompt)
-    raise RequestError("prompt must be given, as a string, a list of strings, token ids, or a list of lists of these", "prompt")
+    raise RequestError("prompt must be a string, a list of strings, token ids, or a list of lists of token ids", "prompt")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron.files.regular import parse_json
-from megatron.files.side import MAX_WAITING, warn
+from megatron.files.side import MAX_UNWRITTEN, warn
 
 END_SECONDS = 20.0  # how long the end of a run waits for W&B
 NAME = "W&B"
@@ -29,7 +29,7 @@ class WandbLink:
 
     def __init__(self, setup: Mapping[str, Any], log: Callable[[str], None]) -> None:
         self._log, self._unread = log, b""
-        self._waiting: deque[bytes] = deque(maxlen=MAX_WAITING)  # when it is full, the oldest messages are dropped
+        self._waiting: deque[bytes] = deque(maxlen=MAX_UNWRITTEN)  # when it is full, the oldest messages are dropped
         self._rest = b""  # the unsent part of a message that the socket took in part
         self._socket: socket.socket | None = None
         self.done = False

@@ -199,7 +199,7 @@ def test_an_export_overwrites_only_what_it_may(tmp_path):
     (tmp_path / "full" / "keep").write_text("")
     with pytest.raises(OutputError, match="is a file, not a directory"):
         export_hf(tmp_path / "run", tmp_path / "file", verify=False, overwrite=True)
-    with pytest.raises(OutputError, match=r"it is not empty.*--overwrite"):
+    with pytest.raises(OutputError, match=r"is not empty.*--overwrite"):
         export_hf(tmp_path / "run", tmp_path / "full", verify=False)
     assert (tmp_path / "full" / "keep").exists()
     with pytest.raises(OutputError, match="not made by this project's tools"):

@@ -63,8 +63,8 @@ def test_a_corpus_may_come_through_standard_input() -> None:
 
 def test_a_pipe_into_which_nobody_writes_is_given_up(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "c.jsonl")
-    with pytest.raises(UnfitFile, match="a named pipe into which nobody writes"):
-        open_stream(tmp_path / "c.jsonl", patience=0.1)
+    with pytest.raises(UnfitFile, match="a named pipe to which no program writes"):
+        open_stream(tmp_path / "c.jsonl", pipe_timeout=0.1)
     with pytest.raises(DataError, match="a named pipe, not a regular file"):  # a task's file is read twice
         words(str(tmp_path / "c.jsonl"))
 
@@ -72,7 +72,7 @@ def test_a_pipe_into_which_nobody_writes_is_given_up(tmp_path: Path) -> None:
 def test_a_slow_writer_is_waited_for(tmp_path: Path) -> None:
     os.mkfifo(path := tmp_path / "c")
     held = os.open(path, os.O_RDWR)
-    opened = open_stream(path, patience=0.1)  # somebody could write, and has not begun
+    opened = open_stream(path, pipe_timeout=0.1)  # a writer is open, and has written nothing
     os.write(held, b"late")
     os.close(held)
     assert opened.read() == b"late"

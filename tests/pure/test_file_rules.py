@@ -181,18 +181,17 @@ FRESH = "; leave out --load to start from new weights, or use --auto-resume to g
             "--tokenizer-type GPT2BPETokenizer --vocab-file @pointer --merge-file @merges.txt",
             "`--vocab-file pointer` is a pointer of Git LFS, in place of the file itself; run `git lfs pull` " + CLONED,
         ),
-        ("--data-path @corpus", f"`--data-path corpus` {NO_CORPUS}; give corpus_text_document, which lies beside it"),
-        ("--data-path @corpus.bin", f"`--data-path corpus.bin` {NO_CORPUS}; give corpus_text_document, which lies beside it"),
+        ("--data-path @corpus", f"`--data-path corpus` {NO_CORPUS}; give corpus_text_document, which is beside it"),
+        ("--data-path @corpus.bin", f"`--data-path corpus.bin` {NO_CORPUS}; give corpus_text_document, which is beside it"),
         (
             "--data-path 0.5 @corpus 0.5 @good",
-            f"`--data-path corpus` {NO_CORPUS}; give corpus_text_document, which lies beside it",
+            f"`--data-path corpus` {NO_CORPUS}; give corpus_text_document, which is beside it",
         ),
         (
             "--data-path @corpus.jsonl",
             "`--data-path corpus.jsonl` "
             + NO_CORPUS.replace("corpus.", "corpus.jsonl.")
-            + "; give corpus_text_document, which lies "
-            "beside it",
+            + "; give corpus_text_document, which is beside it",
         ),
         (
             "--data-path @data",
@@ -200,14 +199,15 @@ FRESH = "; leave out --load to start from new weights, or use --auto-resume to g
         ),
         (
             "--data-path @raw.jsonl",
-            "`--data-path raw.jsonl` names no dataset: raw.jsonl.bin and raw.jsonl.idx do not exist; raw.jsonl is a text, of "
-            f"which a dataset is to be made first: `{MAKE} --input raw.jsonl --output-prefix raw --tokenizer-type ... "
+            "`--data-path raw.jsonl` names no dataset: raw.jsonl.bin and raw.jsonl.idx do not exist; raw.jsonl is a text; "
+            f"preprocess it first: `{MAKE} --input raw.jsonl --output-prefix raw --tokenizer-type ... "
             "--append-eod`, then give raw_text_document",
         ),
         (
             "--data-path @split",
-            "`--data-path split` names no dataset: split.bin and split.idx do not exist; beside it is only "
-            f"split_text_sentence, of sentences, of BERT; make the other: `{MAKE} --input TEXT.jsonl --output-prefix split "
+            "`--data-path split` names no dataset: split.bin and split.idx do not exist; only "
+            f"split_text_sentence is beside it, with single sentences for BERT; create the other kind: "
+            f"`{MAKE} --input TEXT.jsonl --output-prefix split "
             "--tokenizer-type ... --append-eod`",
         ),
         ("--tensorboard-dir @good.bin", "`--tensorboard-dir good.bin` cannot be written: good.bin is a file, not a directory"),
@@ -306,8 +306,8 @@ def test_a_disk_that_is_mounted_read_only(disk: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_prefix_for_bert(disk: Path) -> None:
-    assert suggest_prefix(str(disk / "split"), "sentence") == f"give {disk}/split_text_sentence, which lies beside it"
-    assert "beside it is only" in (suggest_prefix(str(disk / "corpus"), "sentence") or "")
+    assert suggest_prefix(str(disk / "split"), "sentence") == f"give {disk}/split_text_sentence, which is beside it"
+    assert "is beside it, with whole documents for GPT" in (suggest_prefix(str(disk / "corpus"), "sentence") or "")
     assert suggest_prefix(str(disk / "nowhere"), "document") is None
 
 

@@ -51,7 +51,7 @@ def test_a_file_that_is_read_by_any_name(folder: Path, alias: str) -> None:
 def test_a_file_in_a_directory_that_is_read(folder: Path, tmp_path: Path) -> None:
     os.link(folder / "in.txt", tmp_path / "outside")
     for output in (folder / "in.txt", folder / "new", folder / "sub" / "new", tmp_path / "outside"):
-        with pytest.raises(OutputError, match=f"lies in {folder}"):
+        with pytest.raises(OutputError, match=f"is in {folder}"):
             check_file("--output", output, InputPaths([folder]))
     with pytest.raises(OutputError, match="is a directory"):
         check_file("--output", folder, InputPaths([]))
@@ -69,7 +69,7 @@ def test_a_picture_replaces_only_a_picture(folder: Path) -> None:
     (folder / "empty").write_text("")
     for name in ("old.svg", "empty", "new.svg"):
         check_picture("--output", folder / name)
-    with pytest.raises(OutputError, match="no SVG picture"):
+    with pytest.raises(OutputError, match="not an SVG picture"):
         check_picture("--output", folder / "in.txt")
 
 
@@ -87,13 +87,13 @@ def test_a_directory_that_would_be_replaced(folder: Path, tmp_path: Path, monkey
         return check_replaceable("--output", output, [folder / "sub"], overwrite=overwrite)
 
     for output in (folder, tmp_path, "/", folder / "sub" / ".."):
-        with pytest.raises(OutputError, match="holds"):
+        with pytest.raises(OutputError, match="contains"):
             replaceable(output)
     with pytest.raises(OutputError, match="which this command reads"):
         replaceable(folder / "sub")
-    with pytest.raises(OutputError, match="lies in"):
+    with pytest.raises(OutputError, match="is in"):
         replaceable(folder / "sub" / "new")
-    with pytest.raises(OutputError, match="is a link"):
+    with pytest.raises(OutputError, match="is a symlink"):
         replaceable(folder / "linked")
     made = tmp_path / "made"
     made.mkdir()
@@ -101,7 +101,7 @@ def test_a_directory_that_would_be_replaced(folder: Path, tmp_path: Path, monkey
     (made / "model").write_text("")
     monkeypatch.chdir(made)
     for here in (".", "..", made):
-        with pytest.raises(OutputError, match=r"runs in|holds"):
+        with pytest.raises(OutputError, match=r"runs in|contains"):
             replaceable(here)
     monkeypatch.chdir("/")
     with pytest.raises(OutputError, match="not empty"):

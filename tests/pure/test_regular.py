@@ -31,9 +31,9 @@ from megatron.files.regular import (
         (lambda path: path.symlink_to("/dev/zero"), "a device, not a regular file"),
         (
             lambda path: make_stand_in("huge", path, b""),
-            "1,099,511,627,776 bytes, more than the 1,000 that are read of such a file",
+            "1,099,511,627,776 bytes, more than the 1,000 allowed for such a file",
         ),
-        (lambda path: path.symlink_to("nowhere"), "a link to nowhere, which is not there"),
+        (lambda path: path.symlink_to("nowhere"), "a link to nowhere, which does not exist"),
         (lambda path: path.symlink_to(path), "Too many levels of symbolic links"),
         (lambda path: None, "No such file or directory"),
     ],
@@ -75,8 +75,8 @@ def test_a_name_that_cannot_be_one_is_refused() -> None:
     """In the same words on every Python, whose own differ."""
     with pytest.raises(UnfitFile) as caught:
         read_bytes("a\0b", 10)
-    assert str(caught.value) == r"'a\x00b': no name of a file: it holds a null byte"
-    with pytest.raises(UnfitFile, match=r"no name of a file: .*surrogates not allowed"):
+    assert str(caught.value) == r"'a\x00b': not a file name: it contains a null byte"
+    with pytest.raises(UnfitFile, match=r"not a file name: .*surrogates not allowed"):
         read_bytes("a\ud800b", 10)
 
 

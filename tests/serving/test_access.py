@@ -8,7 +8,7 @@ import urllib.error
 import pytest
 from serving import Client, Letters, endless_model, served
 
-from megatron.serving.access import Access, check_key, normal_origin, parse_host
+from megatron.serving.access import Access, check_key, normalize_origin, parse_host
 from megatron.serving.fields import RequestError
 
 PAGE = "https://app.example.org"
@@ -117,8 +117,8 @@ def test_the_served_model_is_found_by_its_name(client: Client) -> None:
 
 def test_names_of_hosts_and_origins() -> None:
     assert [parse_host(text) for text in ("A.b:1", "[::1]", "a.", "", "a/b", "a:b", ".")] == ["a.b", "::1", "a", *[None] * 4]
-    assert normal_origin("HTTP://A:80") == "http://a" and normal_origin("https://a:80") == "https://a:80"
-    assert [normal_origin(text) for text in ("", "a", "http://", "http://a/b", "*")] == [None] * 5
+    assert normalize_origin("HTTP://A:80") == "http://a" and normalize_origin("https://a:80") == "https://a:80"
+    assert [normalize_origin(text) for text in ("", "a", "http://", "http://a/b", "*")] == [None] * 5
     for flags, name in ((dict(hosts=["a/b"]), "--allow-host a/b"), (dict(origins=["app.example.org"]), "--allow-origin app")):
         with pytest.raises(ValueError, match=name):
             Access.for_server("127.0.0.1", **flags)

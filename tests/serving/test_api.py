@@ -122,7 +122,7 @@ def test_two_ends_of_lines_in_a_row():
         ({"prompts": [""]}, "needs add_BOS"),
         ({"max_len": 3}, "max_len is no longer a field: use tokens_to_generate"),
         ({"sentences": ["x"]}, "use prompts"),
-        ({"tokens_to_generat": 3}, "tokens_to_generat is no field"),
+        ({"tokens_to_generat": 3}, "tokens_to_generat is not a field"),
         ({"tokens_to_generate": -1}, "tokens_to_generate must be a whole number at least 0"),
         ({"tokens_to_generate": 1.5}, "tokens_to_generate must be a whole number"),
         ({"tokens_to_generate": 0}, "only makes sense with logprobs"),
@@ -155,14 +155,14 @@ def test_wrong_megatron_requests(client, fields, message):
 
 def test_bodies_that_are_no_json_are_refused(client):
     for body, message in (
-        (b"{", "no JSON"),
-        (b"[1]", "no JSON object"),
-        (b"", "no JSON"),
-        (b"\xff", "no JSON"),
-        (b'{"prompts": ["\\ud800"]}', "no JSON"),
+        (b"{", "not JSON"),
+        (b"[1]", "not a JSON object"),
+        (b"", "not JSON"),
+        (b"\xff", "not JSON"),
+        (b'{"prompts": ["\\ud800"]}', "not JSON"),
         (b'{"prompts": ["x"], "tokens_to_generate": 1, "prompts": ["y"]}', "the field 'prompts' more than once"),
         (b'{"prompt": "x", "stream_options": {"include_usage": true, "include_usage": false}}', "'include_usage' more than"),
-        (b"[" * 100_000, "no JSON"),
+        (b"[" * 100_000, "not JSON"),
     ):
         status, reply = client("PUT", "/api", body)
         assert status == 400 and message in reply

@@ -35,9 +35,9 @@ WITH_TOOLS = [
 ]
 
 
-def open_chat_template(folder, longest=100_000, **about) -> ChatTemplate:
+def open_chat_template(folder, max_characters=100_000, **about) -> ChatTemplate:
     tokenizer = open_tokenizer(write_tokenizer(folder, **about))
-    return ChatTemplate(ChatFiles.from_directory(folder, tokenizer), tokenizer, longest)
+    return ChatTemplate(ChatFiles.from_directory(folder, tokenizer), tokenizer, max_characters)
 
 
 def reply_in(client, **fields):
@@ -153,7 +153,7 @@ def test_every_token_that_the_files_name_ends_a_reply(tmp_path, model) -> None:
         ({"messages": [{"role": "user"}]}, "messages", "messages[0].content must be given"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages", "messages[0].content must be a string"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "messages[0].content[0] must"),
-        ({"messages": [{"role": "user", "content": "x", "contents": 1}]}, "messages", "contents is no field"),
+        ({"messages": [{"role": "user", "content": "x", "contents": 1}]}, "messages", "contents is not a field"),
         ({"messages": [{"role": "user", "content": "x", "name": 1}]}, "messages", "name must be a string"),
         ({"messages": [{"role": "assistant", "tool_calls": [1]}]}, "messages", "tool_calls must be a list"),
         ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", "they differ"),
@@ -163,7 +163,7 @@ def test_every_token_that_the_files_name_ends_a_reply(tmp_path, model) -> None:
         ({"tools": [{"type": "function"}]}, "tools", "tools is not offered"),
         ({"response_format": {"type": "json_object"}}, "response_format", "not offered"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "is for streams"),
-        ({"prompt": "x"}, "prompt", "prompt is no field"),
+        ({"prompt": "x"}, "prompt", "prompt is not a field"),
         ({"metadata": 1}, "metadata", "must be an object"),
         ({"max_tokens": 20_000}, None, "allows 12000"),
     ],
@@ -193,7 +193,7 @@ BAD = (
     ("{% for i in range(99999) %}{{ 'aaaaaaaaaa' * 9 }}{% endfor %}", "longer than 1000 characters"),
     ("{{ messages[0].nothing.at_all }}", "has no attribute"),
     ("{{ 1 / 0 }}", "division by zero"),
-    ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "did not come to an end in 0.7 s"),
+    ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "did not end within 0.7 s"),
 )
 
 
@@ -201,13 +201,13 @@ def test_a_template_is_kept_in_bounds(tmp_path, monkeypatch) -> None:
     """It ends with words, and so that the next conversation is answered."""
     cases = "".join(f"{{% elif messages[0].content == '{i}' %}}{bad}" for i, (bad, _) in enumerate(BAD))
     chat = open_chat_template(
-        tmp_path, template="{% if messages[0].content == 'ok' %}fine" + cases + "{% endif %}", longest=1000
+        tmp_path, template="{% if messages[0].content == 'ok' %}fine" + cases + "{% endif %}", max_characters=1000
     )
     for i, (_, words) in enumerate(BAD):
-        monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.7 if "did not" in words else 60.0)
+        monkeypatch.setattr(chat_template, "MAX_RENDER_SECONDS", 0.7 if "did not" in words else 60.0)
         with pytest.raises(RequestError, match=words):
             chat.text([{"role": "user", "content": str(i)}])
-        monkeypatch.setattr(chat_template, "MAX_SECONDS", 60.0)
+        monkeypatch.setattr(chat_template, "MAX_RENDER_SECONDS", 60.0)
         assert chat.text([{"role": "user", "content": "ok"}]) == "fine"
     chat.close()
 
@@ -220,9 +220,9 @@ def test_files_that_hold_no_template(tmp_path, monkeypatch) -> None:
     folder = write_tokenizer(tmp_path / "named", None, chat_template=named)
     tokenizer = open_tokenizer(folder)
     assert ChatFiles.from_directory(folder, tokenizer).template == "d"
-    monkeypatch.setattr(chat_template, "MAX_TEMPLATE", 10)
+    monkeypatch.setattr(chat_template, "MAX_TEMPLATE_LENGTH", 10)
     jinja = folder / "chat_template.jinja"
-    for content, words in ((b"x" * 11, "more than the 10"), (b"\xff", "no text in UTF-8")):
+    for content, words in ((b"x" * 11, "more than the 10"), (b"\xff", "not text in UTF-8")):
         jinja.write_bytes(content)
         with pytest.raises(DataError, match=words):
             ChatFiles.from_directory(folder, tokenizer)

@@ -172,7 +172,7 @@ def test_a_run_outlives_its_console(flags, tmp_path, monkeypatch, caplog, both):
     assert run(flags) == Exit.FINISHED
     assert [line["iteration"] for line in metrics(tmp_path / "run") if "split" not in line] == list(range(1, 13))
     assert [record.getMessage() for record in caplog.records if "standard output" in record.getMessage()] == [
-        "standard output: cannot be written to: Broken pipe; the run goes on, and lines are lost meanwhile"
+        "standard output: cannot be written to: Broken pipe; the run goes on, and lines are lost until it can be written"
     ]
 
 
