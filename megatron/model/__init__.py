@@ -1,1 +1,1 @@
-"""The models. They are handed one `TensorParallel` and read like a textbook."""
+"""The models. Their code contains no communication: a `TensorParallel` that is passed to them hides the parallel layout."""

@@ -31,7 +31,7 @@ class AttentionCache(Protocol):
         """Append a layer's new keys and values; return the attended values of the new tokens, `[batch, heads, seq, head_dim]`.
 
         Args:
-            layer: number of the layer.
+            layer: global number of the layer.
             q: `[batch, heads, seq, head_dim]`.
             k: `[batch, groups, seq, head_dim]`.
             v: like k.
@@ -45,12 +45,12 @@ class AttentionContext:
     """Attention mask and attention-dropout state of one micro-batch.
 
     Attributes:
-        mask: bool `[batch, 1, queries, keys]`, True where a query may see a key. None where the core attention's own rule,
-            causal or bidirectional, is all there is, or where the keys are on several ranks.
+        mask: bool `[batch, 1, queries, keys]`, True where a query may attend to a key. None if the core attention's own rule,
+            causal or bidirectional, is the only restriction, or if the keys are on several ranks.
         dropout: probability that an attention weight is dropped.
-        dropout_keys: random identities of the tokens; None outside training.
-        fused_dropout: leave dropout to the attention kernel's own generator.
-        documents: those of the batch, for a core attention whose keys are on several ranks.
+        dropout_keys: random keys of the tokens; None outside training.
+        fused_dropout: the attention kernel draws the dropout mask from its own generator.
+        documents: document numbers of the batch `[batch, seq]`, for a core attention whose keys are on several ranks.
     """
 
     mask: Tensor | None = None
@@ -99,10 +99,10 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext,
         head_keys: int32 `[heads]`.
     """
     queries, keys, mask = q.shape[2], k.shape[2], context.mask
-    draws_here = context.dropout_keys is not None and context.dropout > 0.0 and not context.fused_dropout
+    is_unfused = context.dropout_keys is not None and context.dropout > 0.0 and not context.fused_dropout
     # The kernel's causal rule aligns the first query with the first key. With a cache the last query belongs to the last key,
     # and the unfused form has no causal rule: both need the triangle as a mask. A single query attends to all keys.
-    if mask is None and queries > 1 and (draws_here or queries != keys):
+    if mask is None and queries > 1 and (is_unfused or queries != keys):
         mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)  # [seq, keys]
     return _attention(q, k, v, context, head_keys, mask, kernel_is_causal=mask is None and queries == keys)
 
@@ -132,7 +132,8 @@ def _attention(
 ) -> Tensor:
     """Return softmax(q k^T / sqrt(d)) v, `[batch, heads, seq, head_dim]`. mask: bool, broadcast to the scores, or None."""
     if q.shape[2] == 1 and k.shape[1] != q.shape[1] and context.dropout_keys is None and mask is None:
-        # The only query sees all keys: the queries of a key-value head are as rows of one, and no key is copied for them.
+        # One query attends to all keys. The query heads of a key-value head become rows of one matrix, so that keys and values
+        # need not be repeated.
         grouped = q.view(*k.shape[:2], -1, q.shape[3])  # [batch, groups, heads per group, head_dim]
         return F.scaled_dot_product_attention(grouped, k, v).reshape(q.shape)  # [batch, heads, 1, head_dim]
     if k.shape[1] != q.shape[1]:  # grouped queries: each key-value head serves several query heads
@@ -140,8 +141,8 @@ def _attention(
     if context.dropout_keys is None or context.dropout == 0.0 or context.fused_dropout:
         dropout = 0.0 if context.dropout_keys is None else context.dropout
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=kernel_is_causal)
-    # Which weights are dropped is a function of their global position, which fused kernels cannot compute: the unfused form.
-    # Scaled in place after the product, since a scaled copy of q would be kept for the backward pass.
+    # Unfused, because the dropout mask is a function of global positions, which fused kernels cannot compute.
+    # Scaled in place after the product, because a scaled copy of q would be saved for the backward pass.
     scores = (q @ k.transpose(-1, -2)).mul_(q.shape[-1] ** -0.5)  # [batch, heads, seq, keys]
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
@@ -183,7 +184,7 @@ class Attention(nn.Module):
         return Flops(core=2 * 2 * seq * self.qkv.tp.size * self.heads * self.head_dim)
 
     def activation_bytes(self, shape: MicroBatchShape) -> ActivationBytes:
-        """Return the bytes of queries, keys and values, and those of the core attention: as it reports, else torch's."""
+        """Return the bytes of queries, keys, values and core attention, which may report its own; by default torch's."""
         qkv = ActivationBytes(saved=shape.element * shape.tokens * self.qkv.weight.shape[0])
         if hasattr(self.core_attention, "activation_bytes"):
             core: ActivationBytes = self.core_attention.activation_bytes(

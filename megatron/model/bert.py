@@ -27,9 +27,9 @@ from megatron.parallel.tensor_parallel import TensorParallel
 
 
 class Dense(nn.Module):
-    """A linear layer that every tensor-parallel rank holds whole.
+    """A linear layer whose whole weight is on every tensor-parallel rank.
 
-    It has no `flops`, which would not matter: most of these layers act on one token of a sample, or have a few outputs.
+    It has no `flops`, because they are negligible: most of these layers act on one token of a sample or have few outputs.
     """
 
     def __init__(self, in_features: int, out_features: int, tp: TensorParallel) -> None:
@@ -43,7 +43,7 @@ class Dense(nn.Module):
 
 
 class MaskedWordHead(nn.Module):
-    """Transforms final hidden states into the output layer's input, both `[seq, batch, hidden]`; holds that layer's bias."""
+    """Transforms final hidden states into the output layer's input, both `[seq, batch, hidden]`; has that layer's bias."""
 
     def __init__(self, config: ModelConfig, vocabulary: VocabShard, tp: TensorParallel) -> None:
         super().__init__()

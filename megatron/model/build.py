@@ -38,7 +38,7 @@ def build_stages(
     model, stages = model_class(config), dict[int, Transformer]()
     for number, part in enumerate(parts):
         if placement[number] == rank:
-            # A tied output layer on the rank of the embedding shares the matrix instead of holding a copy.
+            # A tied output layer on the same rank as the embedding shares its matrix instead of having a copy.
             first = stages[0].embedding if 0 in stages else None
             word = None if first is None else first.word.weight
             stages[number] = model(config, part, tp, word=word, **options)

@@ -34,8 +34,8 @@ class Embedding(nn.Module):
 
         Args:
             tokens: int64 `[batch, seq]`, whole sequences.
-            positions: int64 `[batch, seq]`, within the document.
-            segments: int64 `[batch, seq]`, the token types; None for a model without.
+            positions: int64 `[batch, seq]`, positions within the documents.
+            segments: int64 `[batch, seq]`, token types; None if the model has none.
             keys: the random keys of the tokens; None outside training.
 
         Returns:
@@ -43,8 +43,8 @@ class Embedding(nn.Module):
         """
         x: Tensor = self.word(tokens.t())  # [seq, batch, hidden]
         local = self.local_positions(tokens.shape[1])  # this rank's slice of the sequence
-        for table, numbers in ((self.position, positions), (self.segment, segments)):
-            if table is not None and numbers is not None:
-                x = x + nn.functional.embedding(numbers.t()[local], table.get_parameter("weight"))  # [seq, batch, hidden]
+        for table, indices in ((self.position, positions), (self.segment, segments)):
+            if table is not None and indices is not None:
+                x = x + nn.functional.embedding(indices.t()[local], table.get_parameter("weight"))  # [seq, batch, hidden]
         dropped: Tensor = self.dropout(x, keys)  # [seq, batch, hidden]
         return dropped

@@ -1,7 +1,8 @@
-"""Initialise the weights of a model: a table of rules, and draws that do not depend on the layout.
+"""Initialise the weights of a model by a table of rules, with values that do not depend on the parallel layout.
 
-Megatron-LM's rules (as GPT-2's): N(0, std) for matrices, N(0, std / sqrt(2 L)) for the two projections of each layer
-that end in the residual stream, L the layers of the whole model; zeros for biases, ones for norms.
+The default rules are those of Megatron-LM and GPT-2: N(0, std) for matrices, but N(0, std / sqrt(2 L)) for the two projections
+of each layer that write to the residual stream, where L is the number of layers of the whole model; zeros for biases, ones for
+norms.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Rule = Callable[[Tensor, torch.Generator], object]
 
 
 def rules(config: ModelConfig) -> dict[str, Rule]:
-    """Return the initialisation rules: for each value of `ParameterSpec.init`, a function that fills a whole fp32 tensor."""
+    """Return the initialisation rules: for each value of `ParameterSpec.init`, a function that fills an fp32 tensor."""
     std, layers = config.init_method_std, config.num_layers
 
     def normal(scale: float) -> Rule:
@@ -40,22 +41,23 @@ def rules(config: ModelConfig) -> dict[str, Rule]:
 
 
 @torch.no_grad()
-def fill_parameters(places: Iterable[tuple[ParameterSpec, Tensor]], config: ModelConfig, seed: int) -> None:
-    """Write initial weights into local tensors. Each parameter is drawn whole from (seed, its global name), then sliced.
+def fill_parameters(targets: Iterable[tuple[ParameterSpec, Tensor]], config: ModelConfig, seed: int) -> None:
+    """Write initial weights into local tensors.
 
-    The draw is on the CPU in fp32, so the weights are the same on every device and layout. Padding is zero.
+    Every rank draws the whole parameter on the CPU in fp32, from a generator seeded with `seed` and the parameter's global
+    name, and copies its part. The weights are therefore the same on every device and in every layout. Padding is zero.
 
     Args:
-        places: specs of parameters, each with the local tensor to fill.
-        config: gives the standard deviation and the number of layers.
+        targets: specs of parameters, each with the local tensor to fill.
+        config: the model, for the standard deviation and the number of layers.
         seed: the run's seed.
     """
     table = rules(config)
-    for spec, place in places:
+    for spec, target in targets:
         whole = torch.empty(spec.shape)  # fp32, on the CPU
         table[spec.init](whole, torch.Generator().manual_seed(derive_seed(seed, "weights", spec.name)))
-        place.zero_()  # padding stays zero
-        spec.local(place).copy_(whole[spec.part.slices])
+        target.zero_()  # padding stays zero
+        spec.local(target).copy_(whole[spec.part.slices])
 
 
 def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
@@ -63,7 +65,7 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
 
     Args:
         model: the model; each of its parameters must have a named spec.
-        config: gives the standard deviation and the number of layers.
+        config: the model, for the standard deviation and the number of layers.
         seed: the run's seed.
     """
     fill_parameters(((param_spec(p), p) for p in model.parameters()), config, seed)

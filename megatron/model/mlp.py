@@ -23,7 +23,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": partial(F.gelu, approximate="tanh"),  # GPT-2's; arXiv 1606.08415
     "gelu-exact": F.gelu,
     "squared-relu": squared_relu,
-    "swiglu": F.silu,  # of the gate; arXiv 2002.05202
+    "swiglu": F.silu,  # applied to the gate; arXiv 2002.05202
 }
 
 

@@ -12,7 +12,7 @@ from megatron.parallel.tensor_parallel import TensorParallel
 
 
 class Norm(nn.Module):
-    """Normalisation, `[..., hidden] -> [..., hidden]`, with a weight, and a bias if `has_bias` and the configuration wants it.
+    """Normalisation, `[..., hidden] -> [..., hidden]`, with a weight; with a bias if `has_bias` and `config.add_norm_bias`.
 
     With apply_layernorm_1p the stored weight is gamma - 1.
     """

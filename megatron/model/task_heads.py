@@ -31,12 +31,12 @@ from megatron.parallel.tensor_parallel import TensorParallel
 class TaskHead(Dense):
     """The last linear layer of a task, and the loss of its logits.
 
-    `labels` and `loss_mask` of a batch hold the right answers, and where they count:
+    A batch's `labels` contain the correct answers, and its `loss_mask` is 1 at the tokens that have one:
 
-    classification: the number of the class, at the first token of each row.
-    choice: the number of the right choice, at the first token of the first row of each sample.
-    span: the positions of start and end, at the first two tokens of each row.
-    tags: the number of the tag, at every token that has one.
+    classification: index of the class, at the first token of each row.
+    choice: index of the correct choice, at the first token of the first row of each sample.
+    span: positions of start and end, at the first two tokens of each row.
+    tags: index of the tag, at every token that has one.
     """
 
     def __init__(self, config: ModelConfig, tp: TensorParallel, *, seed: int) -> None:
@@ -62,7 +62,7 @@ class TaskHead(Dense):
 
     @abstractmethod
     def losses(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return cross-entropies and the mask of those that count, two fp32 tensors of one shape.
+        """Return cross-entropies and the mask of those that count, two fp32 tensors of the same shape.
 
         Args:
             logits: the result of `logits`.
@@ -88,7 +88,7 @@ class Classifier(TaskHead):
 
     def losses(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return cross-entropies, and which of them count."""
-        rows_per_sample = batch.tokens.shape[0] // logits.shape[0]  # 1, but for multiple choice
+        rows_per_sample = batch.tokens.shape[0] // logits.shape[0]  # more than 1 only for multiple choice
         labels, counted = batch.labels[::rows_per_sample, 0], batch.loss_mask[::rows_per_sample, 0]  # each [samples]
         return F.cross_entropy(logits, labels, reduction="none"), counted
 
@@ -164,7 +164,7 @@ class FineTuned(Transformer):
         return HEADS[self.config.task_head or ""]
 
     def loss(self, x: Tensor, batch: Batch) -> Loss:
-        """Return the sum of the unmasked cross-entropies, and their number."""
+        """Return the sum of the unmasked cross-entropies and their number."""
         head = self._head()
         losses, counted = head.losses(self._logits(head, x, batch, self._whole_sequence_keys(batch)), batch)
         return Loss((losses * counted).sum(), batch.loss_mask.sum())

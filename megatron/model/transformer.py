@@ -1,4 +1,4 @@
-"""The transformer: embedding, layers and final norm, or the slice of these that one pipeline stage owns.
+"""The transformer: embedding, layers and final norm, or those of them that belong to one pipeline stage.
 
 The models in `gpt.py`, `bert.py` and `task_heads.py` add an output layer or other heads. The default is GPT-2's architecture
 (pre-norm, GELU, learned positions). RMSNorm, SwiGLU, rotary positions, grouped queries and no biases are options; together they
@@ -60,14 +60,14 @@ class Transformer(nn.Module):
         """Build the part.
 
         Args:
-            config: resolved, with vocab_size set.
+            config: a resolved configuration with vocab_size set.
             part: the layers of this part, and whether it has the embedding and the heads.
             tp: the tensor-parallel ranks.
             seed: seed of the dropout masks.
-            core_attention: the core attention; default that of one sequence on one rank, causal if the model is.
-            recompute: the activations to recompute in the backward pass; default none.
-            word: the embedding's weight, for a tied output layer on a stage without the embedding, when one process holds both
-                stages; otherwise such a stage holds a copy.
+            core_attention: the core attention; by default for whole sequences on one rank, causal if the model is.
+            recompute: the activations to recompute in the backward pass; by default none.
+            word: the embedding's weight, for a tied output layer on a stage without the embedding, if both stages are in the
+                same process; otherwise such a stage has a copy.
             dtype: dtype of the parameters.
             device: device of the parameters.
         """
@@ -92,11 +92,11 @@ class Transformer(nn.Module):
 
     @staticmethod
     def layer_kind(config: ModelConfig, number: int) -> Hashable:
-        """Return a key that is equal for layers with equal parameters and equal work; None, since here all layers are alike."""
+        """Return a key that is equal for layers with equal parameters and equal work. Here all layers are equal: None."""
         return None
 
     def build_layer(self, number: int, core_attention: CoreAttention) -> Block:
-        """Return the layer of this number, with this core attention."""
+        """Return the layer with global number `number`."""
         return Block(self.config, number, self.tp, core_attention, seed=self.seed)
 
     @abstractmethod
@@ -122,12 +122,12 @@ class Transformer(nn.Module):
         return self.loss(x, batch) if self.part.head else x
 
     def hidden(self, x: Tensor | None, batch: Batch, cache: AttentionCache | None = None) -> Tensor:
-        """Run embedding, layers and final norm, those that this part has.
+        """Run the embedding, layers and final norm of this part.
 
         Args:
             x: hidden states `[seq, batch, hidden]` of the stage before; None on the part with the embedding.
             batch: the micro-batch; with a cache only the new tokens, at their true positions.
-            cache: keys and values of the tokens before.
+            cache: keys and values of the earlier tokens.
 
         Returns:
             Hidden states `[seq, batch, hidden]`, normalised on the part with the head.
@@ -152,7 +152,7 @@ class Transformer(nn.Module):
         return x if self.final_norm is None else self.final_norm(x)  # [seq, batch, hidden]
 
     def hidden_shape(self, batch: Batch) -> tuple[int, int, int]:
-        """Return the shape of the hidden states between stages, as they are here."""
+        """Return the shape of this rank's hidden states between stages."""
         rows, seq = batch.tokens.shape
         # Sequence first; under sequence parallelism, this rank's slice.
         return len(range(seq)[self.tp.positions(seq)]), rows, self.config.hidden_size

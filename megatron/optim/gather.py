@@ -1,7 +1,7 @@
-"""New weights to all data-parallel ranks: after the update, or during the next forward pass.
+"""All-gather of updated weights over the data-parallel ranks: after the update, or during the next forward pass.
 
-Under the distributed optimizer each rank has updated its slice of every bucket and needs the others'. A bucket's gather can
-run while layers compute that do not need it: modules wait for the buckets of their own parameters when they are called.
+Under the distributed optimizer each rank has updated its slice of every bucket and needs the slices of the others. A bucket's
+gather can overlap with layers that do not need it: each module waits for the buckets of its own parameters when it is called.
 """
 
 from __future__ import annotations
@@ -16,31 +16,34 @@ from megatron.parallel.collectives import CollectiveWork
 
 
 class ParamGatherer:
-    """Gathers the weights of all buckets. overlap: `all_started` returns before they are here."""
+    """Gathers the weights of all buckets. overlap: `all_started` does not wait until they have arrived."""
 
     def __init__(self, buffers: Sequence[FlatBuffer], *, overlap: bool = False) -> None:
         self.buffers, self.overlap = list(buffers), overlap
         self._pending: dict[int, CollectiveWork] = {}
 
     def start(self, number: int) -> None:
-        """Give every rank the new weights of a bucket, in the same order on all of them. Collective."""
+        """Start to gather the weights of bucket `number`. Collective: all ranks start the buckets in the same order."""
         self._pending[number] = self.buffers[number].all_gather_params_async()
 
     def all_started(self) -> None:
-        """Say that all buckets were started. With overlap, whoever reads weights calls `finish` before."""
+        """Wait for the gathers, which have all been started; with overlap, return at once.
+
+        With overlap, call `finish` before reading weights, except in modules that were passed to `wait_before`.
+        """
         if not self.overlap:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for all that is under way."""
+        """Wait for all pending gathers."""
         self._wait(list(self._pending))
 
     def wait_before(self, module: nn.Module, parameters: Iterable[Tensor]) -> None:
-        """Let each later call of `module` first wait for the buckets of `parameters`."""
+        """Make every later call of `module` wait first for the buckets of `parameters`."""
         wanted = {id(p) for p in parameters}
         needed = [n for n, b in enumerate(self.buffers) if any(id(p) in wanted for p in b.parameters)]
 
-        @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled module goes around what communicates
+        @torch.compiler.disable  # type: ignore[untyped-decorator]  # waiting for communication must not be compiled
         def wait(*_: object) -> None:
             self._wait(needed)
 
@@ -53,14 +56,14 @@ class ParamGatherer:
 
 
 def wait_in_turn(gatherer: ParamGatherer, modules: Sequence[nn.Module], parameters: Sequence[Tensor]) -> None:
-    """Let each of `modules`, which are called in this order, wait for its own parameters.
+    """Make each module wait for its own parameters when it is called.
 
     Args:
-        gatherer: gathers the parameters' buckets.
-        modules: in the order of the forward pass.
-        parameters: all that the modules' forward passes need, and what follows them. Those of no module wait with the last one.
+        gatherer: gatherer of the parameters' buckets.
+        modules: modules in the order of the forward pass.
+        parameters: all parameters that the forward pass needs. The last module also waits for those that belong to no module.
     """
-    own = {id(p) for module in modules for p in module.parameters()}
+    module_params = {id(p) for module in modules for p in module.parameters()}
     for module in modules:
-        rest = [p for p in parameters if id(p) not in own] if module is modules[-1] else []
+        rest = [p for p in parameters if id(p) not in module_params] if module is modules[-1] else []
         gatherer.wait_before(module, [*module.parameters(), *rest])

@@ -1,8 +1,8 @@
-"""Learning rate and weight decay as functions of the samples trained. Pure.
+"""Learning rate and weight decay as functions of the number of trained samples. Pure.
 
-Everything is counted in samples, as in Megatron-LM: a step of the run adds its global batch size, so a ramp-up of the
-batch size stretches nothing. The rate used by an update is the one before it, so a warm-up's first update has the rate
-that the warm-up begins with.
+Everything is counted in samples, as in Megatron-LM: a step adds its global batch size, so the schedule is independent of a
+batch size ramp-up. An update uses the rate at the samples trained before it, so the first update of a warm-up has the
+warm-up's initial rate.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from megatron.config.schema import BatchConfig, OptimConfig
 
 @dataclass(frozen=True)
 class LRSchedule:
-    """Learning rate and weight decay at each number of samples trained.
+    """Learning rate and weight decay at each number of trained samples.
 
-    peak, floor: learning rates. warmup, decay: lengths in samples; the decay is measured from the start of the run.
-    decay_weights_over: samples over which the weight decay goes from its first value to its last. initial: learning rate at
-    the begin of the warm-up. annealing: of WSD (warm-up, stable, decay; arXiv 2404.06395), the samples at the decay's end in
-    which the rate falls; before them it is the peak. annealing_style: the shape of that fall. decoupled: whether the word
-    embedding and the output layer have a peak and a floor of their own.
+    peak, floor: highest and lowest learning rate. style: shape of the decay. warmup, decay: samples at which the warm-up and
+    the decay end, counted from the start of the run. decay_weights_from, _to, _style: first and last weight decay, and the
+    shape between them. decay_weights_over: samples over which the weight decay changes. initial: learning rate at the start of
+    the warm-up. annealing: for style WSD (warm-up, stable, decay; arXiv 2404.06395), the number of samples before the decay's
+    end in which the rate falls; until then it is the peak. annealing_style: shape of that fall. decoupled: the word embedding
+    and the output layer have their own peak and floor, decoupled_peak and decoupled_floor.
     """
 
     peak: float
@@ -47,7 +48,7 @@ class LRSchedule:
     def from_config(cls, optim: OptimConfig, batch: BatchConfig) -> LRSchedule:
         """Return the schedule of a resolved configuration.
 
-        Lengths given in steps are the samples of so many steps from the run's begin on.
+        A length given in steps is converted to the samples of that many steps from the start of the run.
         """
         if batch.train_samples is not None:
             length = batch.train_samples
@@ -59,9 +60,9 @@ class LRSchedule:
             decay, warmup = samples_for(batch, end), samples_for(batch, optim.lr_warmup_iters)
             annealing = decay - samples_for(batch, max(0, end - (optim.lr_wsd_decay_iters or 0)))
         if optim.lr_warmup_fraction is not None:
-            # Of the decay's length, not of the run's, as in Megatron-LM.
+            # A fraction of the decay's length, not of the run's, as in Megatron-LM.
             warmup = int(optim.lr_warmup_fraction * decay)
-        own_floor = optim.min_lr if optim.decoupled_min_lr is None else optim.decoupled_min_lr
+        decoupled_floor = optim.min_lr if optim.decoupled_min_lr is None else optim.decoupled_min_lr
         return cls(
             peak=optim.lr or 0.0,
             floor=optim.min_lr,
@@ -77,14 +78,14 @@ class LRSchedule:
             annealing_style=optim.lr_wsd_decay_style,
             decoupled=optim.decoupled_lr is not None,
             decoupled_peak=optim.decoupled_lr or 0.0,
-            decoupled_floor=0.0 if optim.decoupled_lr is None else own_floor,
+            decoupled_floor=0.0 if optim.decoupled_lr is None else decoupled_floor,
         )
 
     @classmethod
     def from_saved(cls, values: Mapping[str, Any]) -> LRSchedule:
-        """Return the schedule that a checkpoint holds, from its fields.
+        """Return the schedule saved in a checkpoint. values: its fields by name.
 
-        Where it says no more, the weight decay grows as long as the rate falls.
+        A checkpoint without `decay_weights_over` gets the length of the learning rate's decay.
         """
         return cls(**{"decay_weights_over": values["decay"], **values})
 
@@ -93,7 +94,7 @@ class LRSchedule:
         return self._rate(samples, self.peak, self.floor)
 
     def decoupled_rate(self, samples: int) -> float:
-        """Return the same of the word embedding and the output layer."""
+        """Return the learning rate of the word embedding and the output layer for the update made after `samples` samples."""
         return self._rate(samples, self.decoupled_peak, self.decoupled_floor) if self.decoupled else self.rate(samples)
 
     def _rate(self, samples: int, peak: float, floor: float) -> float:
@@ -101,34 +102,34 @@ class LRSchedule:
             return self.initial + (peak - self.initial) * samples / self.warmup
         if self.style == "constant":
             return peak
-        if samples > self.decay:  # also of a run that goes on for longer than its decay
+        if samples > self.decay:  # a run may be longer than its decay
             return floor
         if self.style == "inverse-square-root":
             return max(floor, peak * math.sqrt(max(self.warmup, 1)) / math.sqrt(max(samples, 1)))
         if self.style == "WSD":  # warm-up, stable, decay
-            begin = self.decay - self.annealing
-            left = 1.0 if samples <= begin else _remaining_share(self.annealing_style, (samples - begin) / self.annealing)
+            start = self.decay - self.annealing
+            remaining = 1.0 if samples <= start else _falling(self.annealing_style, (samples - start) / self.annealing)
         else:
-            left = _remaining_share(self.style, (samples - self.warmup) / max(1, self.decay - self.warmup))
-        return floor + left * (peak - floor)
+            remaining = _falling(self.style, (samples - self.warmup) / max(1, self.decay - self.warmup))
+        return floor + remaining * (peak - floor)
 
     def weight_decay(self, samples: int) -> float:
         """Return the weight decay of the update made after `samples` samples."""
         if self.decay_weights_style == "constant" or samples >= self.decay_weights_over:
             return self.decay_weights_to
-        gap = self.decay_weights_to - self.decay_weights_from
-        return self.decay_weights_from + _elapsed_share(self.decay_weights_style, samples / self.decay_weights_over) * gap
+        difference = self.decay_weights_to - self.decay_weights_from
+        return self.decay_weights_from + _rising(self.decay_weights_style, samples / self.decay_weights_over) * difference
 
 
-def _elapsed_share(style: str, share: float) -> float:
-    """0 -> 1 over a run, in a straight line or half a cosine."""
-    return share if style == "linear" else 0.5 * (1.0 - math.cos(math.pi * share))
+def _rising(style: str, t: float) -> float:
+    """Return a function of t that rises from 0 at t = 0 to 1 at t = 1: a line or half a cosine."""
+    return t if style == "linear" else 0.5 * (1.0 - math.cos(math.pi * t))
 
 
-def _remaining_share(style: str, share: float) -> float:
-    """1 -> 0 over a decay: the part of the peak that is left above the floor."""
-    if style == "exponential":  # it halves, and is stretched to end at 0
-        return 2.0 * math.pow(0.5, share) - 1.0
+def _falling(style: str, t: float) -> float:
+    """Return a function of t that falls from 1 at t = 0 to 0 at t = 1."""
+    if style == "exponential":  # 0.5^t falls from 1 to 0.5, which is scaled and shifted to end at 0
+        return 2.0 * math.pow(0.5, t) - 1.0
     if style == "minus_sqrt":
-        return 1.0 - math.sqrt(share)
-    return 1.0 - _elapsed_share(style, share)
+        return 1.0 - math.sqrt(t)
+    return 1.0 - _rising(style, t)

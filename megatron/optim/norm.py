@@ -1,6 +1,6 @@
-"""The norm of the whole model's gradients: every parameter counted once, whatever the layout.
+"""The norm of the whole model's gradients: every parameter is counted once, under any parallel layout.
 
-A NaN or Inf counts wherever it is, also in a copy that the norm leaves out: then the norm is not finite, on any rank.
+A NaN or Inf anywhere, even in a copy that is not counted, makes the norm non-finite on all ranks.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from megatron.parallel.spec import ParameterSpec, param_spec
 
 
 def owns_in_norm(spec: ParameterSpec, mesh: Mesh) -> bool:
-    """Return whether this rank is the first of those that hold copies of a parameter, data-parallel ones aside.
+    """Return whether this rank counts a parameter: whether it is the first of the ranks with copies of it.
 
-    The ranks of a stage are those of the data axis times those of some further axes; over each of the further ones a
-    parameter is split, or copied. Axes that its gradients are summed over have copies too, also on other stages.
+    Copies on the data axis are not considered. The parameter is copied over each of the stage's other axes that does not split
+    it, and over the axes that its gradients are summed over, which may connect different stages.
     """
     copied = (complementary_axes(spec.data_axis) - spec.split_over) | spec.sum_grad_over
     return all(mesh.axis(name).first for name in copied)
@@ -30,9 +30,9 @@ def owns_in_norm(spec: ParameterSpec, mesh: Mesh) -> bool:
 
 @dataclass(frozen=True)
 class LocalTensors:
-    """This rank's slices of the buckets, without padding; views, each `[elements]`.
+    """Views of the parameters in this rank's slices of the buckets, without padding, each `[elements]`.
 
-    counted: what this rank counts. copies: what another one counts.
+    counted: those that this rank counts. copies: those that another rank counts.
     """
 
     counted: list[Tensor]
@@ -40,52 +40,52 @@ class LocalTensors:
 
     @classmethod
     def from_slices(cls, buffers: Sequence[FlatBuffer], slices: Sequence[Tensor], mesh: Mesh) -> LocalTensors:
-        """Sort the parameters in `slices` by whether this rank counts them.
+        """Divide the parameters in `slices` into counted ones and copies.
 
         Args:
             buffers: the buckets.
-            slices: one tensor `[own]` of this rank's slice of each bucket.
-            mesh: knows the axes that the parameters' specs name.
+            slices: a tensor `[own]` for each bucket, of this rank's slice.
+            mesh: mesh with the axes that the parameters' specs name.
 
         Returns:
-            The views. `counted` has an empty tensor on a rank that counts nothing.
+            The views. `counted` is never empty: on a rank that counts nothing it is one tensor without elements.
         """
         counted: list[Tensor] = []
         copies: list[Tensor] = []
         for buffer, own in zip(buffers, slices, strict=True):
-            # Where ranks own slices, each counts its own; where all have the whole bucket, the first one does.
-            first = buffer.owners.size > 1 or buffer.data_axis.first
+            # If the data-parallel ranks own slices, each counts its own; if they all have the whole bucket, the first does.
+            counts_bucket = buffer.owners.size > 1 or buffer.data_axis.first
             for p, _, values in buffer.param_ranges(own):
-                if first and owns_in_norm(param_spec(p), mesh):
+                if counts_bucket and owns_in_norm(param_spec(p), mesh):
                     counted.append(values)
                 else:
                     copies.append(values)
         return cls(counted or [slices[0][:0]], copies)
 
 
-def global_norm(tensors: LocalTensors, everyone: Axis) -> Tensor:
-    """Return the L2 norm over all ranks, fp32 scalar, equal on every rank; not finite where a copy is not.
+def global_norm(tensors: LocalTensors, world: Axis) -> Tensor:
+    """Return the L2 norm over all ranks, fp32 scalar, equal on every rank; non-finite if a copy is non-finite. Collective.
 
-    Squares are added in fp64, so that the result does not depend on which rank adds which.
+    Squares are summed in fp64, so that the parallel layout hardly affects the result.
 
     Args:
-        tensors: already summed over the ranks that sum them.
-        everyone: all ranks of the run.
+        tensors: this rank's tensors; gradients must have been reduced.
+        world: all ranks of the run.
     """
     # One all-reduce for both sums: [2], fp64.
-    none = tensors.counted[0].new_zeros((), dtype=torch.float64)
-    copies = _squares(tensors.copies) if tensors.copies else none
-    squares, of_copies = all_reduce(torch.stack([_squares(tensors.counted), copies]), everyone)
-    return torch.where(of_copies.isfinite(), squares, of_copies).sqrt().float()
+    zero = tensors.counted[0].new_zeros((), dtype=torch.float64)
+    local_copies = _sum_of_squares(tensors.copies) if tensors.copies else zero
+    counted, copies = all_reduce(torch.stack([_sum_of_squares(tensors.counted), local_copies]), world)
+    return torch.where(copies.isfinite(), counted, copies).sqrt().float()
 
 
-def count_zeros(tensors: LocalTensors, everyone: Axis) -> int:
-    """Return the number of exact zeros over all ranks' different elements."""
+def count_zeros(tensors: LocalTensors, world: Axis) -> int:
+    """Return the number of elements that are exactly zero, over all ranks, each element counted once. Collective."""
     zeros = torch.stack([tensor.numel() - tensor.count_nonzero() for tensor in tensors.counted]).sum()
-    return int(all_reduce(zeros, everyone).item())
+    return int(all_reduce(zeros, world).item())
 
 
-def _squares(tensors: list[Tensor]) -> Tensor:
-    """The sum of all squares, fp64 scalar."""
-    # A 16-bit norm would be rounded to three digits.
+def _sum_of_squares(tensors: list[Tensor]) -> Tensor:
+    """Return the sum of the squares of all elements, fp64 scalar."""
+    # The norms are computed in fp32: those of 16-bit tensors would be rounded to three digits.
     return torch.stack(torch._foreach_norm(tensors, 2, torch.float32)).double().square().sum()

@@ -1,9 +1,9 @@
-"""Gradients summed over each bucket's data axis, one collective a bucket: after the backward passes, or during them.
+"""Sum gradients over each bucket's data axis, with one collective per bucket: after the backward passes, or during them.
 
-A bucket is complete when the last gradient of the last micro-batch was added to it. Nobody needs to know which that is:
-a hook of every parameter counts the gradients that are added to it, every micro-batch adds the same number of them, and a
-step says how many micro-batches it has. So the first step is counted, and from the second on a bucket's reduction starts
-while the backward pass makes the gradients of the next one, whatever the pipeline's schedule.
+A bucket is complete when the last gradient of the last micro-batch has been added to it. That moment is found by counting: a
+hook on every parameter counts the gradients added to its bucket, every micro-batch adds the same number of them, and the number
+of micro-batches is known when a step begins. The first step only counts. From the second step on, a bucket's reduction starts
+while the backward pass computes the gradients of the next bucket, under any pipeline schedule.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from megatron.parallel.spec import register_grad_ready_hook
 
 
 class GradReducer:
-    """Sums all buckets' gradients, each over its data axis.
+    """Sums the gradients of all buckets, each over its data axis.
 
-    overlap: start during the backward passes. Buckets start in their own order, which is the same on all ranks of a stage:
-    collectives of one group must be.
+    overlap: start the collectives during the backward passes. Buckets always start in the order of `buffers`, because the ranks
+    of a group must start their collectives in the same order.
     """
 
     def __init__(self, buffers: Sequence[FlatBuffer], *, overlap: bool = False) -> None:
@@ -36,34 +36,34 @@ class GradReducer:
                     register_grad_ready_hook(parameter, self._grad_ready_hook(number))
 
     def begin(self, micro_batches: int | None) -> None:
-        """Begin a step. micro_batches: how many it has; None, not said: nothing starts before `finish`."""
-        for each in self._pending:  # of a step that was given up
-            each.wait()
+        """Begin a step. micro_batches: their number in the step; None if unknown, so that nothing starts before `finish`."""
+        for work in self._pending:  # left by a step that was aborted
+            work.wait()
         self._micro_batches, self._added, self._pending = micro_batches, [0] * len(self.buffers), []
 
     def finish(self) -> None:
-        """Sum what is not summed yet: `own_grads` of every bucket is complete afterwards. Collective."""
+        """Reduce the remaining buckets and wait for all: `own_grads` of every bucket is then complete. Collective."""
         self.started_early = len(self._pending)
         for buffer in self.buffers[len(self._pending) :]:
             self._start(buffer)
-        for each in self._pending:
-            each.wait()
-        # The first step that says its number of micro-batches counts what one of them adds; later ones start early by it.
+        for work in self._pending:
+            work.wait()
+        # The first step with a known number of micro-batches measures how many gradients each of them adds.
         if self.overlap and self._micro_batches and self._per_micro_batch is None:
-            self._per_micro_batch = [self._each(added, self._micro_batches) for added in self._added]
+            self._per_micro_batch = [self._divide_by_micro_batches(added, self._micro_batches) for added in self._added]
         self._micro_batches, self._pending = None, []
 
     @staticmethod
-    def _each(added: int, micro_batches: int) -> int:
+    def _divide_by_micro_batches(added: int, micro_batches: int) -> int:
         if added % micro_batches:
             raise RuntimeError(
-                f"{added} gradients came from {micro_batches} micro-batches, so it is not known which is a bucket's last; "
+                f"{micro_batches} micro-batches added {added} gradients to a bucket, so they did not add the same number each; "
                 "leave out --overlap-grad-reduce"
             )
         return added // micro_batches
 
     def _start(self, buffer: FlatBuffer) -> None:
-        # A rank that owns a slice needs the sum of that alone: half of an all-reduce's traffic.
+        # A rank that owns a slice needs only the sum of that slice: a reduce-scatter, half of an all-reduce's traffic.
         start = reduce_slices_async if buffer.owners.size > 1 else all_reduce_async
         self._pending.append(start(buffer.grads, buffer.data_axis))
 
@@ -73,13 +73,13 @@ class GradReducer:
             if self._micro_batches is None or self._per_micro_batch is None:
                 return
             if number < len(self._pending):
-                raise RuntimeError("a gradient was added to a bucket whose sum is already under way; this is an error here")
-            # In the buckets' own order: one that is complete early waits for those before it.
-            while len(self._pending) < len(self.buffers) and self._complete(len(self._pending)):
+                raise RuntimeError("internal error: a gradient was added to a bucket whose reduction had already started")
+            # In the order of the buckets: a complete bucket waits until all earlier ones are complete.
+            while len(self._pending) < len(self.buffers) and self._is_complete(len(self._pending)):
                 self._start(self.buffers[len(self._pending)])
 
         return grad_ready
 
-    def _complete(self, number: int) -> bool:
-        each = (self._per_micro_batch or [0])[number]
-        return self._added[number] == each * (self._micro_batches or 0)
+    def _is_complete(self, number: int) -> bool:
+        per_micro_batch = (self._per_micro_batch or [0])[number]
+        return self._added[number] == per_micro_batch * (self._micro_batches or 0)

@@ -1,14 +1,13 @@
-"""The loss scale, by which gradients become numbers that fp16 has (arXiv 1710.03740). Pure.
+"""The loss scale, which moves gradients into the range of fp16 (arXiv 1710.03740).
 
-fp16 ends at 65504 and begins at 6e-8, and gradients are small: the loss is scaled up before the backward pass, and the
-gradients are scaled down again in fp32. A constant scale is given; the dynamic one is as large as overflows allow. Its rule
-is Megatron-LM's, step by step:
+fp16 represents magnitudes from 6e-8 to 65504, and gradients can be smaller: the loss is scaled up before the backward pass, and
+the gradients are scaled down again in fp32. The scale is constant, or dynamic by Megatron-LM's rule:
 
-    an update                     after `window` of them in a row the scale doubles, and the patience is whole again
-    a skipped step, overflow      the count starts anew and the patience loses one; once it has none left, this and each
-                                  further overflow halve the scale
+    an update                     after `window` updates in a row the scale doubles, and `patience` is reset to `hysteresis`
+    a step skipped for overflow   the count of updates restarts at 0 and `patience` decreases by one; at 0, this overflow and
+                                  each further one halve the scale
 
-So a single overflow costs no precision, and patience that was lost comes back only when the scale grows.
+With a hysteresis above 1 a single overflow therefore does not lower the scale, and `patience` recovers only when it grows.
 """
 
 from __future__ import annotations
@@ -22,48 +21,48 @@ BACKOFF_FACTOR = 0.5
 
 
 class Scaler(Protocol):
-    """A loss scale; equal on all ranks, since all of them see the same steps skipped."""
+    """A loss scale. It is equal on all ranks, because all of them skip the same steps."""
 
     @property
     def scale(self) -> float:
-        """Factor of the loss of the next step."""
+        """Factor by which the loss of the next step is multiplied."""
         ...
 
     def update(self, finite: bool) -> None:
-        """Note that a step was made (its gradient was finite), or was skipped."""
+        """Record whether a step's gradient was finite, and the weights updated, or the step was skipped."""
         ...
 
     def scalars(self) -> dict[str, Any]:
-        """Return the state that a checkpoint keeps, as JSON values."""
+        """Return the state to be saved in a checkpoint, as JSON values."""
         ...
 
     def load_scalars(self, values: Mapping[str, Any]) -> None:
-        """Take back what `scalars` gave. Where the values are another kind of scaler's, this one stays as it is."""
+        """Restore the state that `scalars` returned. Values saved by the other kind of scaler change nothing."""
         ...
 
 
 @dataclass(frozen=True)
 class ConstantScaler:
-    """The same scale for ever; 1 where no scale is needed."""
+    """A scale that never changes; 1 if the loss needs no scaling."""
 
     scale: float = 1.0
 
     def update(self, finite: bool) -> None:
-        """Nothing changes."""
+        """Do nothing."""
 
     def scalars(self) -> dict[str, Any]:
         return {}
 
     def load_scalars(self, values: Mapping[str, Any]) -> None:
-        """Nothing is kept."""
+        """Do nothing: a constant scale has no state."""
 
 
 @dataclass
 class DynamicScaler:
-    """The largest power-of-two multiple of the initial scale that does not overflow, found by trying.
+    """A scale that grows by powers of two until gradients overflow, and then shrinks.
 
-    scale: at first the initial one. min_scale: it never falls below. window: updates in a row that double it. hysteresis:
-    the overflow that halves it, counted from when it last grew. updates: in a row so far. patience: overflows left.
+    scale: the current scale. min_scale: its lower bound. window: consecutive updates after which it doubles. hysteresis: value
+    that `patience` is reset to when it doubles. updates: consecutive updates so far. patience: overflows until it is halved.
     """
 
     scale: float
@@ -92,7 +91,7 @@ class DynamicScaler:
         return {"scale": self.scale, "updates": self.updates, "patience": self.patience}
 
     def load_scalars(self, values: Mapping[str, Any]) -> None:
-        """The settings stay this run's; where the checkpoint has no dynamic scale, so does the position."""
+        """Restore the state, but not the settings. values: empty if the checkpoint was saved with a constant scale."""
         if values:
             self.scale, self.updates = float(values["scale"]), int(values["updates"])
             self.patience = int(values["patience"])

@@ -1,8 +1,8 @@
-"""A contiguous slice of a flat buffer, as rectangles of the parameters in it. Pure: numbers in, numbers out.
+"""Conversion of a contiguous slice of a flat buffer to rectangles of the parameters in it. Pure.
 
-Under the distributed optimizer (ZeRO-1, arXiv 1910.02054) a rank owns elements `low` to `high` of a bucket, wherever
-parameters begin and end. A checkpoint knows only rectangles of named tensors, so that it fits every layout. Of a matrix a
-slice is at most three: the end of a row, whole rows, the beginning of a row.
+Under the distributed optimizer (ZeRO-1, arXiv 1910.02054) a rank owns a range of a bucket's elements, which may begin and end
+inside parameters. Checkpoints store only rectangles of named tensors, so that any layout can load them. A range of a flattened
+matrix is at most three rectangles: the end of a row, full rows, the beginning of a row.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from math import prod
 class Rectangle:
     """A rectangle of a tensor that is contiguous in the flattened tensor.
 
-    start, shape: within the tensor, per dimension. first: its first element, counted in the flattened tensor.
-    Its elements follow one another in the flattened tensor, `size` of them from `first`.
+    start, shape: of the rectangle in the tensor. first: index of its first element in the flattened tensor.
     """
 
     start: tuple[int, ...]
@@ -32,27 +31,27 @@ class Rectangle:
 
 @dataclass(frozen=True)
 class ParamRange:
-    """The part of one parameter that lies in a slice: elements `low` to `high` of the flattened parameter.
+    """The part of a parameter that is in a slice: elements `low` to `high` (exclusive) of the flattened parameter.
 
-    member: the parameter's number in its bucket. place: the element of the slice at which the range begins.
+    member: the parameter's index in its bucket. slice_offset: index in the slice of the range's first element.
     """
 
     member: int
     low: int
     high: int
-    place: int
+    slice_offset: int
 
 
 def owned_slice(length: int, shards: int, shard: int) -> slice:
     """Return the slice of a bucket that one rank owns.
 
     Args:
-        length: of the bucket, in elements.
-        shards: number of ranks that share it.
-        shard: which of them.
+        length: number of elements of the bucket.
+        shards: number of ranks that own a slice each.
+        shard: index of the rank among them.
 
     Raises:
-        ValueError: they cannot share it evenly.
+        ValueError: `shards` does not divide `length`.
     """
     if length % shards:
         raise ValueError(f"{length} elements do not divide over {shards} ranks")
@@ -61,32 +60,32 @@ def owned_slice(length: int, shards: int, shard: int) -> slice:
 
 
 def param_ranges(offsets: Sequence[int], sizes: Sequence[int], own: slice) -> Iterator[ParamRange]:
-    """Yield a range for each parameter that the slice `own` of a bucket touches.
+    """Yield a range for each parameter that overlaps the slice `own` of a bucket.
 
     Args:
-        offsets: where the parameters begin in the bucket, in elements.
-        sizes: their elements without padding.
+        offsets: index of each parameter's first element in the bucket.
+        sizes: number of elements of each parameter, without padding.
         own: the slice.
     """
     for member, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
-        # Relative to the parameter's begin; `size` leaves its padding out.
+        # Relative to the start of the parameter. `size` excludes its padding.
         low, high = max(own.start - offset, 0), min(own.stop - offset, size)
         if low < high:
             yield ParamRange(member, low, high, offset + low - own.start)
 
 
 def rectangles(shape: tuple[int, ...], low: int, high: int) -> Iterator[Rectangle]:
-    """Yield a range of elements of a flattened tensor as rectangles, in their order.
+    """Yield the rectangles that together are a range of elements of a flattened tensor, in order.
 
-    There is one of a vector, at most three of a matrix, at most 2n - 1 of a tensor of n dimensions.
+    There is one in a vector, at most three in a matrix, and at most 2n - 1 in a tensor of n dimensions.
 
     Args:
-        shape: of the tensor.
+        shape: shape of the tensor.
         low: first element of the range.
-        high: end of the range, not in it.
+        high: end of the range, exclusive.
 
     Raises:
-        ValueError: the range leaves the tensor.
+        ValueError: the range is not inside the tensor.
     """
     if not 0 <= low <= high <= prod(shape):
         raise ValueError(f"elements {low} to {high} of a tensor of shape {shape}")
@@ -96,20 +95,20 @@ def rectangles(shape: tuple[int, ...], low: int, high: int) -> Iterator[Rectangl
         yield Rectangle((low,) * len(shape), (high - low,) * len(shape), low)
         return
     row = prod(shape[1:])
-    begin, end = -(-low // row), high // row  # whole rows, unless the slice lies within one
+    begin, end = -(-low // row), high // row  # the full rows; begin > end if the range is inside a single row
     if begin > end:
-        yield from _within(shape, end, low, high)
+        yield from _rectangles_in_row(shape, end, low, high)
         return
     if low < begin * row:
-        yield from _within(shape, begin - 1, low, begin * row)
+        yield from _rectangles_in_row(shape, begin - 1, low, begin * row)
     if begin < end:
         yield Rectangle((begin, *[0] * (len(shape) - 1)), (end - begin, *shape[1:]), begin * row)
     if end * row < high:
-        yield from _within(shape, end, end * row, high)
+        yield from _rectangles_in_row(shape, end, end * row, high)
 
 
-def _within(shape: tuple[int, ...], number: int, low: int, high: int) -> Iterator[Rectangle]:
-    """The rectangles of elements that all lie in row `number`."""
-    before = number * prod(shape[1:])
-    for inner in rectangles(shape[1:], low - before, high - before):
-        yield Rectangle((number, *inner.start), (1, *inner.shape), before + inner.first)
+def _rectangles_in_row(shape: tuple[int, ...], index: int, low: int, high: int) -> Iterator[Rectangle]:
+    """Yield the rectangles of a range that is inside row `index`."""
+    row_start = index * prod(shape[1:])
+    for inner in rectangles(shape[1:], low - row_start, high - row_start):
+        yield Rectangle((index, *inner.start), (1, *inner.shape), row_start + inner.first)

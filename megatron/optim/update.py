@@ -1,8 +1,8 @@
-"""The arithmetic of a step: torch's fused or foreach AdamW, apex's FusedAdam, or SGD, with state that a checkpoint can fill.
+"""The update kernels: torch's fused or foreach AdamW, apex's FusedAdam and torch's SGD, with state that a checkpoint can fill.
 
-What differs between them is said here and nowhere else: who divides the gradient, where the number of steps is kept, and
-what a moment is called. torch's are called as functions: its optimizer classes import the compiler, seconds for each process.
-Which method updates a target is a rule of `config/optimizers.py`; other packages' rules bring methods of their own.
+Only this file knows how they differ: which of them scale the gradient themselves, where they store the step count, and how they
+name their moments. torch's are called as functions, because importing its optimizer classes takes seconds in every process.
+The rules in `config/optimizers.py` select the method that updates a target; other packages can add rules with their methods.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from megatron.parallel.spec import ParameterSpec
 
 
 def no_params(own: Tensor) -> Iterator[tuple[ParameterSpec, Tensor]]:
-    """Yield nothing: of a tensor in which no parameters are known."""
+    """Yield nothing: for a target whose parameters are not known."""
     return iter(())
 
 
 @dataclass(frozen=True)
 class Target:
-    """A flat fp32 tensor to update: main weights of several parameters, or this rank's slice of them, `[own]`.
+    """A flat fp32 tensor to update: the main weights of several parameters, or this rank's slice of them, `[own]`.
 
-    decay: whether weight decay reaches it. decoupled: whether it has the rate of the embedding and output layer, where they
-    have one of their own. method: `module:function` that makes what updates it. whole_params: yields the parameters in a tensor
-    `[own]`, as views in the shapes of their parts. axis: the axis that a spec names.
+    decay: weight decay applies to it. decoupled: it uses the learning rate of the embedding and output layer, if that is
+    separate. method: `module:function` that creates its `Method`. whole_params: function that yields the parameters in a tensor
+    `[own]`, as views in the shapes of their parts. axis: function that returns the axis of a given name.
     """
 
     main: Tensor
@@ -46,8 +46,8 @@ class Target:
     axis: Callable[[str], Axis] = Axis.alone
 
     def join(self, spec: ParameterSpec, part: Tensor) -> Tensor:
-        """Return the whole tensor of `spec.shape`, given each rank's part of it. Collective over the axes that split it."""
-        whole = part.new_zeros(spec.shape)  # zero where other ranks hold it, so that a sum joins the parts
+        """Return the whole tensor of `spec.shape` from every rank's part. Collective over the axes that split it."""
+        whole = part.new_zeros(spec.shape)  # zero in the parts of other ranks, so that the sum over ranks joins the parts
         whole[spec.part.slices] = part
         for name in sorted(spec.split_over):
             whole = all_reduce(whole, self.axis(name))
@@ -56,17 +56,17 @@ class Target:
 
 @dataclass(frozen=True)
 class Factor:
-    """Factor of the gradients of a step: a number, and its inverse where torch's fused kernels take it."""
+    """Factor of a step's gradients. inverse: 1 / value on the device, for torch's fused kernels; None if value is 1."""
 
     value: float = 1.0
     inverse: Tensor | None = None
 
 
 class Method(Protocol):
-    """One optimizer of one target.
+    """Optimizer of a single target.
 
-    state: its moments by name, fp32 `[own]`, there from the beginning; a checkpoint fills them in place. steps: updates so far,
-    0 where the method does not count them.
+    state: moments by name, fp32 `[own]`, allocated on construction; loading a checkpoint fills them in place. steps: number of
+    updates so far, always 0 if the method does not count them.
     """
 
     state: dict[str, Tensor]
@@ -81,19 +81,19 @@ class Method(Protocol):
         """Update the target.
 
         Args:
-            grad: of the target, `[own]`, fp32.
-            factor: to be multiplied with `grad`, in place or as it is read.
-            lr: the learning rate.
-            weight_decay: 0 where none reaches the target.
+            grad: gradient of the target, fp32 `[own]`.
+            factor: factor of `grad`; the method multiplies in place or in its kernel.
+            lr: learning rate.
+            weight_decay: weight decay; 0 if it does not apply to the target.
         """
         ...
 
 
 class ShardedUpdate:
-    """An optimizer for each of some fp32 tensors, this rank's slices of the buckets.
+    """One optimizer for each target: this rank's slices of the buckets.
 
-    One each, so that an update can follow the other, with what one of them needs made and forgotten in between.
-    ImportError when apex is asked for and not installed.
+    The targets are updated one at a time, so that temporary tensors are needed for one of them only.
+    ImportError when apex is configured but not installed.
     """
 
     def __init__(self, config: OptimConfig, targets: Iterable[Target]) -> None:
@@ -102,12 +102,12 @@ class ShardedUpdate:
         self._factor, self._rates, self._weight_decay = Factor(), (0.0, 0.0), 0.0
 
     def begin(self, rates: tuple[float, float], *, weight_decay: float, multiplier: float) -> None:
-        """Say what the updates of this step have.
+        """Set the parameters of this step's updates.
 
         Args:
-            rates: the learning rate, and that of decoupled targets.
-            weight_decay: of the targets that decay.
-            multiplier: of all gradients.
+            rates: learning rate of ordinary targets and of decoupled targets.
+            weight_decay: weight decay of the targets to which it applies.
+            multiplier: factor of all gradients.
         """
         self._rates, self._weight_decay, self._factor = rates, weight_decay, Factor()
         if multiplier != 1.0:
@@ -116,18 +116,18 @@ class ShardedUpdate:
 
     @torch.no_grad()
     def step(self, number: int, grad: Tensor) -> None:
-        """Update tensor `number`. grad: fp32, of its length; afterwards multiplied with what `begin` was told."""
+        """Update target `number`. grad: its gradient, fp32 `[own]`, which may be scaled in place."""
         target = self._targets[number]
         weight_decay = self._weight_decay if target.decay else 0.0
         self._methods[number].step(grad, self._factor, lr=self._rates[target.decoupled], weight_decay=weight_decay)
 
     def state(self, number: int) -> dict[str, Tensor]:
-        """The moments of tensor `number`, by name: live, of its length."""
+        """Return the moments of target `number` by name, `[own]`: the live tensors, not copies."""
         return self._methods[number].state
 
     @property
     def steps(self) -> int:
-        """Updates made so far; 0 where no method counts them."""
+        """Number of updates so far; 0 if no method counts them."""
         return max(method.steps for method in self._methods)
 
     @steps.setter
@@ -137,24 +137,24 @@ class ShardedUpdate:
 
 
 def make_method(config: OptimConfig, target: Target) -> Method:
-    """Make what updates a target: import the function that its rule names, and call it."""
+    """Import the function named by the target's `method` and call it to create the target's `Method`."""
     module, _, function = target.method.partition(":")
     method: Method = getattr(import_module(module), function)(config, target)
     return method
 
 
 def adamw_method(config: OptimConfig, target: Target) -> Method:
-    """Make the AdamW of the kernel that is asked for."""
+    """Create AdamW with the configured kernel."""
     return _ApexAdam(config, target.main) if config.adam_kernel == "apex" else _AdamW(config, target.main)
 
 
 def sgd_method(config: OptimConfig, target: Target) -> Method:
-    """Make SGD with momentum."""
+    """Create SGD with momentum."""
     return _SGD(config, target.main)
 
 
 class _AdamW:
-    """torch's, fused or foreach."""
+    """torch's AdamW, fused or foreach."""
 
     def __init__(self, config: OptimConfig, main: Tensor) -> None:
         self._main, self._fused = main, config.adam_kernel == "fused"
@@ -203,7 +203,7 @@ class _SGD:
 
 
 class _ApexAdam:
-    """apex's FusedAdam, which keeps the number of steps in its group."""
+    """apex's FusedAdam, which stores the step count in its parameter group."""
 
     def __init__(self, config: OptimConfig, main: Tensor) -> None:
         self._main = torch.nn.Parameter(main)
@@ -221,7 +221,7 @@ class _ApexAdam:
         self._optimizer.param_groups[0].update(lr=lr, weight_decay=weight_decay)
         self._main.grad = grad
         self._optimizer.step()
-        self._main.grad = None  # its memory is the buffer's, not the optimizer's
+        self._main.grad = None  # drops the reference to the gradient buffer
 
     @property
     def steps(self) -> int:

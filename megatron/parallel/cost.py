@@ -1,8 +1,8 @@
-"""Costs of modules, FLOPs and bytes of activations, as each module says of itself.
+"""Costs of modules as they report them: FLOPs, and bytes of activations.
 
-A module says by `flops(seq)` what it computes for one token of a sequence of `seq`, and by `activation_bytes(shape)` what it
-keeps for the backward pass; both without the modules that it holds, which say it themselves. One without such a method computes
-or keeps nothing that counts.
+A module's method `flops(seq)` returns its FLOPs for one token of a sequence of `seq` tokens, and its `activation_bytes(shape)`
+the bytes that it saves for the backward pass. Neither includes the module's submodules, which report for themselves. A module
+without such a method has a negligible cost.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from megatron.parallel.spec import param_spec
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of one token's forward pass, over all ranks; matrix products alone, a multiplication and an addition being 2.
+    """FLOPs of one token's forward pass, summed over all ranks: 2 for each multiply-add of a matrix product, nothing else.
 
     Attributes:
-        linear: of products with a weight.
-        core: of products of two activations, as in attention.
+        linear: FLOPs of products with a weight.
+        core: FLOPs of products of two activations, as in attention.
     """
 
     linear: int = 0
@@ -34,31 +34,31 @@ class Flops:
 
     @property
     def total(self) -> int:
-        """The sum of all kinds."""
+        """The sum of both kinds."""
         return self.linear + self.core
 
 
 def weight_flops(weight: Tensor) -> Flops:
-    """Return the FLOPs of a token's product with a matrix, of which this rank may hold a part."""
+    """Return the FLOPs of one token's product with a whole weight, of which `weight` may be this rank's part."""
     return Flops(linear=2 * prod(param_spec(weight).shape))
 
 
 def module_flops(module: nn.Module, seq: int) -> Flops:
-    """Return what a module and all in it compute for one token of a sequence of `seq`."""
-    every: Iterable[Any] = module.modules()
-    return sum((part.flops(seq) for part in every if hasattr(part, "flops")), Flops())
+    """Return the FLOPs of a module and its submodules for one token of a sequence of `seq` tokens."""
+    modules: Iterable[Any] = module.modules()
+    return sum((part.flops(seq) for part in modules if hasattr(part, "flops")), Flops())
 
 
 @dataclass(frozen=True)
 class MicroBatchShape:
-    """A micro-batch as it passes through the layers of one rank.
+    """Shape of a micro-batch in the layers of one rank. "Regions" are those of `TensorParallel`.
 
     Attributes:
-        rows: its samples.
-        seq: tokens of each; under context parallelism those of this rank.
+        rows: number of samples.
+        seq: tokens of a sample; under context parallelism, those on this rank.
         hidden: width of the residual stream.
-        element: bytes of a number that is computed with.
-        shared: ranks that share the tokens between the regions of tensor parallelism, more than 1 under sequence parallelism.
+        element: bytes of an element in the compute dtype.
+        shared: number of ranks that divide the tokens between the regions; 1 without sequence parallelism.
     """
 
     rows: int
@@ -69,7 +69,7 @@ class MicroBatchShape:
 
     @property
     def tokens(self) -> int:
-        """Tokens within the regions."""
+        """Number of tokens within the regions."""
         return self.rows * self.seq
 
     @property
@@ -88,10 +88,10 @@ class ActivationBytes:
     """Bytes of activations of a micro-batch on one rank.
 
     Attributes:
-        saved: from the forward pass to the backward pass.
-        core: of these, within the core attention.
-        transient: while the module is at work, at most, beside what is saved.
-        weight_grad: the factors of weight gradients, of which a split backward pass keeps both until it makes them.
+        saved: bytes saved by the forward pass for the backward pass.
+        core: the part of `saved` that the core attention saves.
+        transient: additional peak bytes while the module runs.
+        weight_grad: bytes of the factors of weight gradients, which a split backward pass stores from I to W.
     """
 
     saved: int = 0
@@ -100,7 +100,7 @@ class ActivationBytes:
     weight_grad: int = 0
 
     def __add__(self, other: ActivationBytes) -> ActivationBytes:
-        """Return the bytes of two modules, one at work after the other."""
+        """Return the bytes of two modules that run one after the other."""
         return ActivationBytes(
             self.saved + other.saved,
             self.core + other.core,
@@ -110,11 +110,12 @@ class ActivationBytes:
 
 
 def module_activation_bytes(module: nn.Module, shape: MicroBatchShape) -> ActivationBytes:
-    """Return what a module and all in it keep, by the count of arXiv 2205.05198, section 4, where nothing is run again.
+    """Return the activation bytes of a module and its submodules without recomputation (arXiv 2205.05198, section 4).
 
-    For 16 bit, heads of width d, a d = h, f = 4 h and attention weights kept, a layer has s b h (10 + 24/t + 5 a s / (h t))
-    bytes, all of it over t under sequence parallelism: equations 2 and 4 there. The a s term falls away where a fused kernel
-    does the attention. Left out: a few numbers for each token or head, and RMSNorm without a kernel.
+    In 16 bit, with a heads of width d, a d = h, an MLP of width 4 h and saved attention weights, a layer has
+    s b h (10 + 24/t + 5 a s / (h t)) bytes; with sequence parallelism all of it is divided by t (equations 2 and 4 there). The
+    term in a s is absent with a fused attention kernel. A few numbers per token or head are not counted, nor are the
+    intermediate tensors of an unfused RMSNorm.
     """
-    every: Iterable[Any] = module.modules()
-    return sum((part.activation_bytes(shape) for part in every if hasattr(part, "activation_bytes")), ActivationBytes())
+    modules: Iterable[Any] = module.modules()
+    return sum((part.activation_bytes(shape) for part in modules if hasattr(part, "activation_bytes")), ActivationBytes())

@@ -33,12 +33,12 @@ def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, shard: VocabSha
         logits: `[tokens, padded_size]`, this rank's columns; overwritten.
         labels: int64 `[tokens]`, the same on every rank.
         shard: this rank's columns of the vocabulary.
-        tp: the ranks that hold the others.
+        tp: the ranks over which the vocabulary is divided.
 
     Returns:
         Losses, fp32 `[tokens]`, equal on every rank; gradients, fp32 `[tokens, padded_size]`, of this rank's columns.
     """
-    logits[:, shard.size :] = -torch.inf  # padding has no part in the softmax
+    logits[:, shard.size :] = -torch.inf  # excludes padding from the softmax
     x = logits.float()  # [tokens, padded_size]
     local, elsewhere = _label_columns(labels, shard)  # [tokens, 1], [tokens]
     if tp.size == 1:
@@ -51,13 +51,13 @@ def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, shard: VocabSha
         exponentials = x.exp_()  # [tokens, padded_size]
         total, at_label = all_reduce(torch.stack([exponentials.sum(dim=-1), at_label]), tp)  # [tokens] each
         losses, probabilities = total.log() - at_label, exponentials.div_(total.unsqueeze(-1))
-    # Subtract 1 at the label, on the rank that holds its column.
+    # Subtract 1 at the label, on the rank that has its column.
     probabilities.scatter_add_(-1, local, elsewhere.to(x.dtype).unsqueeze(-1) - 1.0)
     return losses, probabilities
 
 
 def _label_columns(labels: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    """Return the labels' columns on this rank, int64 `[tokens, 1]`, and whether another rank holds them, bool `[tokens]`."""
+    """Return the labels' columns on this rank, int64 `[tokens, 1]`, and whether they are on another rank, bool `[tokens]`."""
     elsewhere = (labels < shard.start) | (labels >= shard.start + shard.size)
     return (labels - shard.start).masked_fill(elsewhere, 0).unsqueeze(-1), elsewhere
 
@@ -70,15 +70,15 @@ def _chunk_rows(x: Tensor, shard: VocabShard) -> int:
 def fused_linear_cross_entropy_bytes(tokens: int, hidden: int, padded_size: int, element: int) -> int:
     """Return the peak bytes of `fused_linear_cross_entropy` on a GPU, an upper bound for a CPU, whose chunks are smaller.
 
-    It holds the input and its gradient, tokens x hidden each; the weight's gradient, padded_size x hidden in fp32, and one
-    chunk's product or a copy of it in the compute dtype; the logits of one chunk, for 16 bit also in fp32; its fp32
-    probabilities.
+    The peak consists of the input and its gradient, tokens x hidden each; the weight's gradient, padded_size x hidden in fp32,
+    and one chunk's contribution to it in the compute dtype; the logits of one chunk, in 16 bit also an fp32 copy of them; and
+    the chunk's fp32 probabilities.
 
     Args:
         tokens: number of tokens on this rank.
         hidden: width of the hidden states.
-        padded_size: rows of the vocabulary on this rank.
-        element: bytes of a number in the compute dtype.
+        padded_size: rows of the vocabulary on this rank, including padding.
+        element: bytes of an element in the compute dtype.
     """
     rows = min(tokens, max(MIN_ROWS, max(CHUNK.values()) // padded_size))
     chunk = rows * padded_size * (element + (4 if element < 4 else 0) + 4)
@@ -133,13 +133,14 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
-        # In place, since nothing else reads them; autograd refuses a second backward pass over changed tensors.
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grads[0]  # fp32 scalar
+        # In place, because nothing else reads them; autograd raises an error for a second backward pass.
         grad_x, grad_weight, grad_bias = ctx.saved_tensors
-        # In fp32: a loss scale above 65504 has no fp16 representation, though its product with a gradient can have one.
-        grad_x = (grad_x.float() * above[0]).to(grad_x.dtype) if grad_x.dtype == torch.float16 else grad_x.mul_(above[0])
-        grad_bias = None if grad_bias is None else grad_bias.mul_(above[0]).to(ctx.dtype)
-        return grad_x, grad_weight.mul_(above[0]).to(ctx.dtype), grad_bias, *[None] * 6
+        # fp16 is multiplied in fp32: a loss scale above 65504 is not representable in fp16, but its product can be.
+        grad_x = (grad_x.float() * grad).to(grad_x.dtype) if grad_x.dtype == torch.float16 else grad_x.mul_(grad)
+        grad_bias = None if grad_bias is None else grad_bias.mul_(grad).to(ctx.dtype)
+        return grad_x, grad_weight.mul_(grad).to(ctx.dtype), grad_bias, *[None] * 6
 
 
 def fused_linear_cross_entropy(
@@ -161,9 +162,9 @@ def fused_linear_cross_entropy(
         labels: int64 `[tokens]` within the vocabulary.
         mask: fp32 `[tokens]`.
         shard: this rank's rows of the vocabulary.
-        tp: the ranks that hold the others.
-        rows: tokens per chunk, the same on every rank; default by the device.
-        bias: `[padded_size]`, this rank's part; None for none.
+        tp: the ranks over which the vocabulary is divided.
+        rows: tokens per chunk, the same on every rank; the default depends on the device.
+        bias: `[padded_size]`, this rank's part of the logits' bias, or None.
 
     Returns:
         fp32 scalar, equal on every rank of tp.
@@ -183,15 +184,15 @@ def label_scores(
 ) -> tuple[Tensor, Tensor]:
     """Return log-probabilities of the labels, and whether each label is the most probable token.
 
-    Of equally probable tokens the lowest id counts as the most probable, as in generation.
+    Among equally probable tokens the one with the lowest id counts as the most probable, as in generation.
 
     Args:
         x: `[tokens, hidden]`, whole on every rank.
         weight: `[padded_size, hidden]`, this rank's rows.
         labels: int64 `[tokens]` within the vocabulary.
         shard: this rank's rows of the vocabulary.
-        tp: the ranks that hold the others.
-        rows: tokens per chunk, the same on every rank; default by the device.
+        tp: the ranks over which the vocabulary is divided.
+        rows: tokens per chunk, the same on every rank; the default depends on the device.
 
     Returns:
         fp32 `[tokens]` and bool `[tokens]`, equal on every rank of tp.

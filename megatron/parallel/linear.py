@@ -1,14 +1,14 @@
-"""Linear layers cut over the tensor-parallel axis (arXiv 1909.08053, section 3).
+"""Linear layers whose weights are divided over the tensor-parallel axis (arXiv 1909.08053, section 3).
 
     ColumnLinear   W = [W_0; W_1; ...] by output features: Y_r = X W_r^T            every rank gets all of X
     RowLinear      W = [W_0, W_1, ...] by input features:  Y = sum_r X_r W_r^T      every rank gets its slice of X
 
-A ColumnLinear followed by a RowLinear needs one all-reduce forward and one backward. With sequence parallelism
-(2205.05198) activations outside the pair are cut along the sequence, dimension 0: the all-reduce becomes a
-reduce-scatter, and an all-gather stands before the ColumnLinear. Backward, the reduction of the input's gradient runs
-while the weight's gradient is computed.
+A ColumnLinear followed by a RowLinear needs one all-reduce in the forward pass and one in the backward pass. With sequence
+parallelism (2205.05198), activations outside the pair are divided along the sequence, dimension 0: the all-reduce becomes a
+reduce-scatter, and an all-gather precedes the ColumnLinear. In the backward pass, the reduction of the input's gradient
+overlaps with the computation of the weight's gradient.
 
-Weights are `[out_features, in_features]` as in torch. At size 1 both are `torch.nn.functional.linear`, bit for bit.
+Weights are `[out_features, in_features]` as in torch. On one rank both layers are bit-equal to `torch.nn.functional.linear`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megatron.parallel.weight_grad import WeightGradStore, compute_weight_grad, 
 
 
 class _ColumnLinears(torch.autograd.Function):
-    """Several column-parallel products of one input: one gather forward, one reduction backward."""
+    """Several column-parallel products of one input, with one gather in the forward pass and one reduction in the backward."""
 
     @staticmethod
     def forward(
@@ -41,7 +41,7 @@ class _ColumnLinears(torch.autograd.Function):
         # x: [seq, ..., in], or [seq / tp, ..., in] under sequence parallelism; weights: [out / tp, in].
         weights, biases = parameters[:count], parameters[count:]
         whole = tp.enter_async(x).wait()  # [seq, ..., in]
-        # Under sequence parallelism only the shard is kept, and gathered again backward: 1/tp of the memory.
+        # Under sequence parallelism only this rank's slice is saved, 1/tp of the memory; the backward pass gathers it again.
         ctx.save_for_backward(x, *weights)
         ctx.tp, ctx.store = tp, store
         ctx.weights, ctx.biases = weights, biases
@@ -51,12 +51,12 @@ class _ColumnLinears(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
-        gathering = ctx.tp.enter_async(x)  # runs beside the products for the input's gradient
+        gathering = ctx.tp.enter_async(x)  # overlaps with the products for the input's gradient
         grad_x = grads[0].matmul(weights[0])  # [seq, ..., in], this rank's part of a sum
         for grad, weight in zip(grads[1:], weights[1:], strict=True):
             grad_x = grad_x + grad.matmul(weight)  # [seq, ..., in]
         whole = gathering.wait()  # [seq, ..., in]
-        reducing = ctx.tp.leave_async(grad_x)  # runs beside the products for the weights' gradients
+        reducing = ctx.tp.leave_async(grad_x)  # overlaps with the products for the weights' gradients
         if ctx.store is not None and ctx.store.is_deferring:
             for weight, bias, grad in zip(ctx.weights, ctx.biases, grads, strict=True):
                 ctx.store.put(weight, bias, whole, grad)
@@ -71,23 +71,23 @@ class _ColumnLinears(torch.autograd.Function):
 
 
 class ColumnLinear(nn.Module):
-    """Linear layer `[..., in_features] -> [..., out_features / tp]`; this rank holds rows `rank * out / tp` and on.
+    """Linear layer `[..., in_features] -> [..., out_features / tp]`; this rank has out / tp rows from `rank * out / tp`.
 
-    Under sequence parallelism the input is this rank's slice `[seq / tp, ...]`, the output is whole in the sequence.
+    Under sequence parallelism the input is this rank's slice `[seq / tp, ...]`, and the output covers the whole sequence.
     ValueError when the axis does not divide out_features.
     """
 
     def __init__(
         self, in_features: int, out_features: int, tp: TensorParallel, *, bias: bool, same_input: bool = False
     ) -> None:
-        """Make the layer.
+        """Create the layer.
 
         Args:
             in_features: number of input features.
             out_features: number of output features over all ranks.
-            tp: the ranks.
-            bias: whether there is one.
-            same_input: whether another layer is given the same input by `column_linears`, which keeps it once.
+            tp: the tensor-parallel ranks.
+            bias: add a bias.
+            same_input: `column_linears` passes this layer's input to another layer as well, which counts its saved bytes.
         """
         super().__init__()
         self.same_input = same_input
@@ -106,12 +106,12 @@ class ColumnLinear(nn.Module):
         return weight_flops(self.weight)
 
     def activation_bytes(self, shape: MicroBatchShape) -> ActivationBytes:
-        """Return the bytes of its input, which is kept as it came; a weight's gradient takes it whole, and the output's."""
+        """Return the bytes of the input, saved as it was before the gather, and of the factors of the weight's gradient."""
         rows, columns = self.weight.shape
-        each = shape.element * shape.tokens
+        per_feature = shape.element * shape.tokens
         if self.same_input:
-            return ActivationBytes(weight_grad=each * rows)
-        return ActivationBytes(saved=each * columns // shape.shared, weight_grad=each * (columns + rows))
+            return ActivationBytes(weight_grad=per_feature * rows)
+        return ActivationBytes(saved=per_feature * columns // shape.shared, weight_grad=per_feature * (columns + rows))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return this rank's output features, `[..., out_features / tp]`."""
@@ -132,17 +132,17 @@ def column_products(
     biases: Sequence[Tensor | None],
     store: WeightGradStore | None = None,
 ) -> tuple[Tensor, ...]:
-    """Return `x W^T + b` for weights cut over tp by their rows; `ColumnLinear` and the output layer compute it.
+    """Return `x W^T + b` for several weights whose rows are divided over tp, as in `ColumnLinear` and the output layer.
 
     Args:
         x: `[seq, ..., in]`, under sequence parallelism this rank's slice `[seq / tp, ..., in]`.
-        tp: the ranks.
-        weights: each `[out / tp, in]`, this rank's rows.
+        tp: the tensor-parallel ranks.
+        weights: this rank's rows of each weight, `[out / tp, in]`.
         biases: for each weight `[out / tp]`, or None.
-        store: takes the weights' gradients while it defers; None for autograd's way.
+        store: store that can defer or fuse the weights' gradients; None leaves them to autograd.
 
     Returns:
-        For each weight `[seq, ..., out / tp]`.
+        `[seq, ..., out / tp]` for each weight.
     """
     if tp.size == 1:
         return tuple(linear(x, w, b, store) for w, b in zip(weights, biases, strict=True))
@@ -152,10 +152,10 @@ def column_products(
 
 
 class RowLinear(nn.Module):
-    """Linear layer `[..., in_features / tp] -> [..., out_features]`; this rank holds columns `rank * in / tp` and on.
+    """Linear layer `[..., in_features / tp] -> [..., out_features]`; this rank has in / tp columns from `rank * in / tp`.
 
-    The bias is whole on every rank and added once, after the sum. Under sequence parallelism the output is this rank's slice
-    `[seq / tp, ...]`, so each rank's bias gradient is a part of the sum. ValueError when the axis does not divide
+    Every rank has the whole bias and adds it after the sum over the ranks. Under sequence parallelism the output is this rank's
+    slice `[seq / tp, ...]`, so the bias gradients must be summed over the ranks. ValueError when the axis does not divide
     in_features.
     """
 
@@ -173,13 +173,13 @@ class RowLinear(nn.Module):
         return weight_flops(self.weight)
 
     def activation_bytes(self, shape: MicroBatchShape) -> ActivationBytes:
-        """Return the bytes of its input; a weight's gradient takes that and the output's."""
+        """Return the bytes of the input, and of the factors of the weight's gradient: input and output gradient."""
         rows, columns = self.weight.shape
-        each = shape.element * shape.tokens
-        return ActivationBytes(saved=each * columns, weight_grad=each * (columns + rows))
+        per_feature = shape.element * shape.tokens
+        return ActivationBytes(saved=per_feature * columns, weight_grad=per_feature * (columns + rows))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return all output features of `[..., in_features / tp]`, summed over the ranks."""
+        """Return the output features `[..., out_features]`, summed over the ranks. x: `[..., in_features / tp]`."""
         if self.tp.size == 1:
             return linear(x, self.weight, self.bias, self.weight_grad_store)
         # The bias is added after the sum over ranks, which would otherwise count it once per rank.

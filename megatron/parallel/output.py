@@ -1,6 +1,6 @@
-"""The output layer: final hidden states times the vocabulary's matrix, whose rows may be divided over tensor-parallel ranks.
+"""The output layer: the product of final hidden states with a vocabulary matrix, whose rows may be divided over ranks.
 
-Its methods take hidden states as the last layer returns them, and return the whole result on every rank.
+Its methods take hidden states as the last layer returns them, and return the whole result on every tensor-parallel rank.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from megatron.parallel.tensor_parallel import TensorParallel
 
 
 class VocabOutput(nn.Module):
-    """Loss, logits and scores of hidden states `[seq, batch, hidden]`, under sequence parallelism of this rank's slice of them.
+    """Computes loss, logits and label scores of hidden states `[seq, batch, hidden]`.
+
+    Under sequence parallelism, the hidden states are this rank's slice of the sequence.
 
     Args:
         shard: this rank's rows of the vocabulary.
@@ -36,7 +38,7 @@ class VocabOutput(nn.Module):
         """This rank's rows of the weight, `[padded_size, hidden]`: the layer's own, or the embedding's if it is tied."""
         matrix = self._tied[0] if self.weight is None else self.weight
         if matrix is None:
-            raise ValueError("the output layer has lost its matrix")
+            raise ValueError("the output layer has no matrix: neither its own nor the embedding's")
         return matrix
 
     def flops(self, seq: int) -> Flops:
@@ -55,7 +57,7 @@ class VocabOutput(nn.Module):
             x: hidden states `[seq, batch, hidden]`; under sequence parallelism, this rank's slice of the sequence.
             labels: int64 `[batch, seq]`.
             mask: fp32 `[batch, seq]`, 1 where a label counts.
-            bias: `[padded_size]`, this rank's part of the logits' bias; None for none.
+            bias: `[padded_size]`, this rank's part of the logits' bias, or None.
         """
         labels, mask = labels.t().reshape(-1), mask.t().reshape(-1)  # [seq * batch]
         whole = self.tp.enter(x).flatten(0, 1)  # [seq * batch, hidden]

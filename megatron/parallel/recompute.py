@@ -7,8 +7,8 @@
 With `distribute`, each tensor-parallel rank saves its share of a chunk's input; the ranks gather the shares before they run the
 chunk again. Recomputed layers repeat their collectives in the order of the forward pass, which is the same on every rank.
 
-Dropout masks are functions of the tokens' positions, so they come out alike. Only if a kernel draws random numbers itself
-(`draws`), the state of torch's generator is restored for it.
+Dropout masks are functions of the tokens' positions, so both runs compute the same masks. Only for kernels that draw random
+numbers themselves (`draws`), the state of torch's generator is restored.
 """
 
 from __future__ import annotations
@@ -32,12 +32,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Recompute:
-    """Choice of what a stage runs again in the backward pass; by default nothing.
+    """Selection of the parts of a stage that are recomputed in the backward pass; by default none.
 
     Attributes:
-        granularity: None, "selective" or "full"; method ("uniform" or "block") and num_layers, the K above, are of "full".
-        distribute: the axis over which a chunk's input is divided; None to save it whole on every rank.
-        draws: whether the forward pass takes numbers from torch's generator.
+        granularity: None, "selective" or "full".
+        method: "uniform" or "block"; only used if granularity is "full".
+        num_layers: the number K above; only used if granularity is "full".
+        distribute: the axis over which a chunk's saved input is divided; None to save it whole on every rank.
+        draws: whether the forward pass draws numbers from torch's generator.
     """
 
     granularity: str | None = None
@@ -48,7 +50,7 @@ class Recompute:
 
     @classmethod
     def from_config(cls, config: MemoryConfig, tp: Axis, *, draws: bool) -> Recompute:
-        """Return the choice of a valid configuration.
+        """Return the selection of a validated configuration.
 
         Args:
             config: the memory section.
@@ -67,7 +69,7 @@ class Recompute:
 
         Args:
             layers: the layers of the stage, in order.
-            call: runs one layer.
+            call: function that runs one layer.
             x: `[...]`; with `distribute`, its number of elements must be a multiple of the axis' size.
 
         Returns:
@@ -108,7 +110,7 @@ class Recompute:
 
         Args:
             layers: the bytes of each layer without recomputation.
-            start: bytes of a layer's input.
+            start: bytes of the input of a layer.
         """
         weight_grad = sum(layer.weight_grad for layer in layers)
         transient = max((layer.transient for layer in layers), default=0)

@@ -41,7 +41,7 @@ from megatron.parallel.random import DropoutKeys, drop
 
 
 def rank_chunks(rank: int, size: int) -> tuple[int, int]:
-    """Return the numbers of the two chunks of the sequence that a rank holds, of 2 x size."""
+    """Return the numbers of a rank's two chunks, of the 2 x size chunks of the sequence."""
     return rank, 2 * size - 1 - rank
 
 
@@ -52,8 +52,8 @@ class ScoreBlock:
     Attributes:
         queries: number of the queries' chunk, 0 to 2n - 1.
         keys: number of the keys' chunk.
-        query_half: 0 or 1: the queries' chunk is the first or the second of its rank.
-        key_half: the same of the keys' chunk.
+        query_half: 0 or 1 if the queries' chunk is the first or second chunk of its rank.
+        key_half: likewise for the keys' chunk.
     """
 
     queries: int
@@ -63,7 +63,7 @@ class ScoreBlock:
 
     @property
     def diagonal(self) -> bool:
-        """True if queries and keys are those of the same tokens."""
+        """True if queries and keys belong to the same tokens."""
         return self.queries == self.keys
 
 
@@ -73,14 +73,14 @@ def score_blocks(rank: int, source: int, size: int, *, causal: bool = True) -> l
     Blocks on the diagonal come first. Every token attends to itself there, so the running log-sum-exp is finite from then on.
 
     Args:
-        rank: the rank that holds the queries.
-        source: the rank whose keys they are.
+        rank: the rank of the queries.
+        source: the rank of the keys.
         size: number of context-parallel ranks.
         causal: leave out the blocks whose keys all come after the queries.
     """
     queries, keys = rank_chunks(rank, size), rank_chunks(source, size)
-    found = [ScoreBlock(queries[i], keys[j], i, j) for i in (0, 1) for j in (0, 1) if not causal or keys[j] <= queries[i]]
-    return sorted(found, key=lambda block: not block.diagonal)
+    blocks = [ScoreBlock(queries[i], keys[j], i, j) for i in (0, 1) for j in (0, 1) if not causal or keys[j] <= queries[i]]
+    return sorted(blocks, key=lambda block: not block.diagonal)
 
 
 def shard_batch(batch: Batch, cp: Axis) -> Batch:
@@ -124,13 +124,13 @@ class RingContext(Protocol):
 
 
 class RingAttention:
-    """A `model.attention.CoreAttention` for ranks that hold the parts of a sequence that `shard_batch` returns.
+    """A `model.attention.CoreAttention` for sequences that `shard_batch` has divided over the ranks.
 
     Collective over the context-parallel axis, forward and backward.
 
     Args:
-        cp: the axis.
-        causal: a token attends to itself and the tokens before it; otherwise to all.
+        cp: the context-parallel axis.
+        causal: a token attends only to itself and the tokens before it; otherwise to all tokens.
     """
 
     def __init__(self, cp: Axis, *, causal: bool = True) -> None:
@@ -151,7 +151,7 @@ class RingAttention:
             heads: query heads on this rank.
             groups: key-value heads on this rank.
             head_dim: channels of a head.
-            dropout: probability, 0 for none.
+            dropout: dropout probability.
         """
         statistics = 4 * heads * shape.tokens
         blocks = (6 if dropout > 0.0 else 3) * 4 * heads * (shape.seq // 2) ** 2
@@ -226,7 +226,7 @@ class _RingPass:
         return scores
 
     def dropped(self, x: Tensor, block: ScoreBlock) -> Tensor:
-        """Apply dropout to weights `[batch, groups, queries, keys]`, with the mask that a single process would draw."""
+        """Apply dropout to weights `[batch, groups, rows, chunk]`, with the mask that a single process would draw."""
         if self.dropout_keys is None or self.dropout == 0.0:
             return x
         width = x.shape[-1]
@@ -257,7 +257,7 @@ class _Ring(torch.autograd.Function):
         # Below, "rows" are the queries of all heads of a group: heads per group * chunk, with chunk = seq / 2.
         queries = _halves(q * width**-0.5, k.shape[1])  # 2 x [batch, groups, rows, head_dim]
         sums = [torch.zeros_like(query, dtype=_accumulation_dtype(q)) for query in queries]  # like queries
-        totals = [torch.full_like(each[..., :1], -torch.inf) for each in sums]  # log-sum-exp so far, [..., rows, 1]
+        totals = [torch.full_like(sum_[..., :1], -torch.inf) for sum_ in sums]  # log-sum-exp so far, [..., rows, 1]
         held = torch.stack([k, v])  # [2, batch, groups, seq, head_dim]
         for step, blocks in enumerate(ring.steps()):
             arriving = ring_shift_async(held, ring.cp) if step + 1 < ring.cp.size else None

@@ -4,8 +4,8 @@ A zero-bubble schedule splits the backward pass of a stage into two actions. I c
 stage waits for; W computes the gradients of the weights, at any later time. So in I the linear layers store the two factors of
 their weight's gradient, the output's gradient and the input, and W multiplies them.
 
-On a GPU, the product of 16-bit factors can be added to the fp32 gradient by the matrix multiplication itself, so that it is
-neither rounded to 16 bit nor written and read again (gradient accumulation fusion). Autograd then gets no weight gradient.
+On a GPU, the matrix multiplication of 16-bit factors can itself add to the fp32 gradient, so that the product is neither
+rounded to 16 bit nor written and read again (gradient accumulation fusion). Autograd then receives no weight gradient.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def add_weight_grad(total: Tensor, rows: Tensor, x: Tensor) -> None:
 def supports_fused_weight_grad(device: torch.device) -> bool:
     """Return whether `add_weight_grad` works on a device.
 
-    Older versions of torch do not accept an fp32 sum with 16-bit factors, and there is no such product on CPUs.
+    Older versions of torch do not accept an fp32 sum with 16-bit factors, and CPUs do not support it.
     """
     if device.type != "cuda":
         return False
@@ -128,7 +128,7 @@ class WeightGradStore:
             RuntimeError: outside of `deferring`.
         """
         if self._deferred is None:
-            raise RuntimeError("no backward pass is keeping its weight products")
+            raise RuntimeError("weight gradients can be stored only inside a `deferring` block")
         # Detached, so that their graph can be freed.
         self._deferred.append(DeferredWeightGrad(weight, bias, x.detach(), grad.detach(), self.fused))
 

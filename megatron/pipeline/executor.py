@@ -1,8 +1,8 @@
-"""Executor of one rank's program of a step: the only place that has activations in hand. Knows no schedule by name.
+"""Executor of one rank's program of a training step, for any schedule. Only this module stores activations.
 
-Every action takes a tensor that another made and gives one that another waits for. `_inbox` holds what has arrived or is on
-its way: hidden states for F, gradients of a stage's output for B and I. Where the neighbouring stage is on the same rank,
-the tensor goes there directly; the last stage's F makes the loss and at once its gradient, so its B finds it there as well.
+Actions consume and produce tensors. `_inbox` contains the inputs that have arrived or are being received: hidden states for F,
+gradients of a stage's output for B and I. If the neighbouring stage is on the same rank, its output is put there directly; the
+last stage's F computes the loss and also its gradient, which it puts there for its own B.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ ACTION_NAMES = {Op.F: "forward", Op.B: "backward", Op.I: "input gradient", Op.W:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """Totals over this rank's micro-batches, fp32 scalars without a graph; zero on ranks that have no head.
+    """Totals over a step's micro-batches, fp32 scalars without a graph; zero on ranks without the model's head.
 
-    loss: sum of the token losses that count; tokens: how many count; means: sum of the micro-batches' mean losses. order: sum
-    of the samples' sentence-order losses, 0 for a model without.
+    loss: sum of the losses of unmasked tokens. tokens: number of unmasked tokens. means: sum of the micro-batches' mean losses.
+    order: sum of the samples' sentence-order losses; 0 if the model has none.
     """
 
     loss: Tensor
@@ -59,7 +59,7 @@ class Stage(Protocol):
     dtype: torch.dtype
 
     def hidden(self, x: Tensor | None, batch: Batch) -> Tensor:
-        """Return the hidden states `[seq, batch, hidden]` behind this stage."""
+        """Return the output `[seq, batch, hidden]` of this stage. x: the previous stage's output; None for the first."""
         ...
 
     def loss(self, x: Tensor, batch: Batch) -> Loss:
@@ -79,8 +79,8 @@ class Stage(Protocol):
 class InFlight:
     """A micro-batch in a stage between its forward and its backward pass.
 
-    x: the stage's input, None on the first stage. edge: of its output, whose values are not kept. products: the weight
-    gradients that I leaves for W.
+    x: the stage's input, None on the first stage. edge: autograd edge of its output, whose values are not stored. products: the
+    weight gradients that I defers to W.
     """
 
     x: Tensor | None
@@ -89,16 +89,16 @@ class InFlight:
 
 
 class Executor:
-    """Forward and backward over micro-batches on this rank's stages.
+    """Executor of the forward and backward passes of this rank's stages.
 
     stages: stage number -> module.
-    schedule: number of micro-batches -> Schedule.
-    placement: stage -> the pipeline rank that has it.
-    scaled_loss: micro-batch loss, micro-batches of the step -> the scalar to differentiate.
-    weight_grad_store: takes the weight gradients that the schedule defers; the stages' linear layers have it too.
-    share: a whole micro-batch -> what this rank has of it; all of it unless given.
-    early: see `lower.py`; 0 where the calls of a transfer block. What runs for the first time always has 0.
-    peak_in_flight: the most (stage, micro-batch) activations of the last step that were held at once.
+    schedule: function of the number of micro-batches.
+    placement: stage number -> pipeline rank of the stage.
+    scaled_loss: function of a micro-batch's loss and the number of micro-batches; returns the scalar to differentiate.
+    weight_grad_store: store of the weight gradients that the schedule defers, shared with the stages' linear layers.
+    share: function that returns this rank's share of a whole micro-batch; by default all of it.
+    early: actions by which receives are posted ahead (see `lower.py`), 0 if transfers block; a program's first run uses 0.
+    peak_in_flight: maximum number of (stage, micro-batch) activations that were in memory at once in the last step.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Executor:
         self.recorder = Recorder()
         self.peak_in_flight = 0
         self._lowered: dict[tuple[int, bool, int], list[Instruction]] = {}
-        self._ran: set[object] = set()
+        self._already_run: set[object] = set()
         self._handlers = {Op.F: self._forward, Op.B: self._backward, Op.I: self._input_grad, Op.W: self._weight_grad}
         self._last = len(placement) - 1
         channels.connect(list(channel_pairs(placement)))
@@ -131,7 +131,7 @@ class Executor:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> StepOutput:
-        """Forward only, dropout off. Collective over the pipeline."""
+        """Run only the forward passes, with dropout off. Collective over the pipeline."""
         for stage in self.stages.values():
             stage.train(False)
         try:
@@ -141,14 +141,14 @@ class Executor:
                 stage.train(True)
 
     def _program(self, batches: Sequence[Batch], backward: bool) -> list[Instruction]:
-        """Return this rank's program, with transfers.
+        """Return this rank's program, with transfers, lowered once for each key and cached.
 
-        It is lowered once for each number of micro-batches, and once for its first time.
-        The first time means new kernels and new memory, also where only a shape is new.
+        The first run with a new number of micro-batches, direction or batch shape posts no receive early, because it
+        compiles kernels and allocates memory.
         """
         run = len(batches), backward, frozenset(batch.tokens.shape for batch in batches)
-        early = self.early if run in self._ran else 0
-        self._ran.add(run)
+        early = self.early if run in self._already_run else 0
+        self._already_run.add(run)
         key = len(batches), backward, early
         if key not in self._lowered:
             schedule = self.schedule(len(batches))
@@ -169,8 +169,8 @@ class Executor:
         for item in self._program(batches, backward):
             if isinstance(item, Receive):
                 stage, batch = next(iter(self.stages.values())), self._batches[item.produced.micro_batch]
-                arriving = self.channels.receive(stage.hidden_shape(batch), stage.dtype, item.peer, item.number)
-                self._inbox[item.stage, item.produced.micro_batch, item.produced.op is Op.F] = arriving
+                pending = self.channels.receive(stage.hidden_shape(batch), stage.dtype, item.peer, item.number)
+                self._inbox[item.stage, item.produced.micro_batch, item.produced.op is Op.F] = pending
             elif isinstance(item, Send):
                 self.channels.send(self._outbox.pop(item.produced), item.peer, item.number)
             elif isinstance(item, SendsComplete):
@@ -184,27 +184,27 @@ class Executor:
         return StepOutput(*self._totals.unbind())
 
     def _run_action(self, action: Action) -> None:
-        """Wait for what the action needs, then run it."""
-        words = partial(describe_action, action)
-        self.watch.waiting(words)
-        needs = self._recv_input(action)
-        # Evaluations are work of another kind: without gradients, and compiled anew.
+        """Wait for the action's input, then run it."""
+        description = partial(describe_action, action)
+        self.watch.waiting(description)
+        x = self._recv_input(action)
+        # The watchdog times evaluations separately: they have no gradients and are compiled separately.
         kind = f"{action.op.value}{action.stage}" if torch.is_grad_enabled() else f"evaluation {action.stage}"
-        self.watch.computing(kind, words)
+        self.watch.computing(kind, description)
         begun = self.recorder.mark()
-        self._handlers[action.op](action, needs)
+        self._handlers[action.op](action, x)
         self.recorder.record(action, begun)
         self.peak_in_flight = max(self.peak_in_flight, len(self._in_flight))
 
     def _recv_input(self, action: Action) -> Tensor | None:
-        """Wait for the stage's input for F, for the gradient of its output for B and I: `[seq, batch, hidden]`."""
+        """Wait for the stage's input for F, or the gradient of its output for B and I: `[seq, batch, hidden]`."""
         if action.op is Op.W or (action.op is Op.F and action.stage == 0):
             return None
-        arrived = self._inbox.pop((action.stage, action.micro_batch, action.op is Op.F))
-        return arrived.wait() if isinstance(arrived, PendingReceive) else arrived
+        received = self._inbox.pop((action.stage, action.micro_batch, action.op is Op.F))
+        return received.wait() if isinstance(received, PendingReceive) else received
 
     def _send_output(self, action: Action, x: Tensor) -> None:
-        """Hand on the output of `action`: to a stage of this rank, or to the send that follows."""
+        """Pass on the output of `action`: to a stage of this rank, or to the program's next send."""
         stage = consumer(action, self._last + 1)
         if stage is None:
             return
@@ -227,10 +227,10 @@ class Executor:
             self._send_output(action, y.detach())
 
     def _loss_backward(self, action: Action, stage: Stage, x: Tensor, batch: Batch) -> None:
-        """Make loss and gradient of the final hidden states `[seq, batch, hidden]` together.
+        """Compute the loss of the final hidden states `[seq, batch, hidden]` and at once its gradient.
 
-        So nothing of the output layer is kept. The scaled loss is told how many tokens of the whole micro-batch count, since a
-        mean over a part is not the mean.
+        No activation of the output layer then outlives F. `scaled_loss` gets the number of unmasked tokens of the whole
+        micro-batch, not of this rank's share, because it computes a mean over all of them.
         """
         count = self._counts[action.micro_batch]
         if torch.is_grad_enabled():
@@ -253,13 +253,13 @@ class Executor:
             self._differentiate(action, in_flight, grad)
 
     def _differentiate(self, action: Action, in_flight: InFlight, grad: Tensor | None) -> None:
-        """Go back through the stage; its graph and its input are free afterwards."""
+        """Run autograd through the stage, then free its graph and its input."""
         if in_flight.edge is None or grad is None:
-            raise RuntimeError(f"{describe_action(action)} has nothing to start from")
+            raise RuntimeError(f"{describe_action(action)}: the stage has no graph, or no gradient of its output arrived")
         _run_backward(in_flight.edge, grad)
         if in_flight.x is not None and in_flight.x.grad is not None:
             self._send_output(action, in_flight.x.grad)
-        in_flight.x = in_flight.edge = None  # frees the graph; `products` hold what W needs
+        in_flight.x = in_flight.edge = None  # frees the graph; `products` refer to the tensors that W needs
 
     def _weight_grad(self, action: Action, _: Tensor | None) -> None:
         for product in self._in_flight.pop((action.stage, action.micro_batch)).products:
@@ -267,14 +267,14 @@ class Executor:
 
 
 def _run_backward(edge: GradientEdge, grad: Tensor) -> None:
-    """Accumulate the gradients of the leaves behind `edge`. grad: of its shape.
+    """Accumulate gradients into the leaves of the graph of `edge`. grad: gradient of the edge's output.
 
-    It is torch.autograd.backward from its second half on. The first half compares two shapes, and for that imports sympy:
-    half a second of every process.
+    This is what torch.autograd.backward calls after its checks, which import sympy to compare two shapes: half a second in
+    every process.
     """
     _engine_run_backward((edge,), (grad,), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def describe_action(action: Action) -> str:
-    """Return what an action is called in messages: `stage 1, forward of micro-batch 3`."""
+    """Describe an action for messages: `stage 1, forward of micro-batch 3`."""
     return f"stage {action.stage}, {ACTION_NAMES[action.op]} of micro-batch {action.micro_batch}"

@@ -1,4 +1,4 @@
-"""Times the actions of a step, where the step runs: wall clock on a CPU, events on a GPU's stream."""
+"""Recorders of the times of a step's actions: by the host's clock on a CPU, by events on the stream on a GPU."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from megatron.pipeline.schedules.schedule import Action
 
 
 class Recorder:
-    """Recorder of a step that is not profiled: it notes nothing."""
+    """Recorder for steps that are not profiled; it records nothing."""
 
     def mark(self) -> Any:
-        """Return this moment, for `record`."""
+        """Return the current time, in a form that `record` accepts."""
         return None
 
     def record(self, action: Action, begun: Any) -> None:
-        """Note that `action` ran from `begun` until now."""
+        """Record that `action` ran from `begun` until now."""
 
 
 class Stopwatch(Recorder):
-    """Recorder of the start and end of every action; waiting for what an action needs is no part of it."""
+    """Recorder of the start and end of every action, without the wait for its input."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -34,7 +34,7 @@ class Stopwatch(Recorder):
     def mark(self) -> Any:
         if self.device.type != "cuda":
             return time.perf_counter()
-        # On the stream, so that it marks when the GPU gets here, not when this process does.
+        # An event is timed when the GPU's stream reaches it, not when this process records it.
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
@@ -43,12 +43,12 @@ class Stopwatch(Recorder):
         self._spans[action] = begun, self.mark()
 
     def spans(self) -> dict[Action, tuple[float, float]]:
-        """Return (start, end) of every action, in seconds of the host's clock, which processes of a host share."""
+        """Return (start, end) of every action in seconds since the epoch, comparable between processes of a host."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return {action: (self._clock(start), self._clock(end)) for action, (start, end) in self._spans.items()}
+        return {action: (self._host_time(start), self._host_time(end)) for action, (start, end) in self._spans.items()}
 
-    def _clock(self, moment: Any) -> float:
+    def _host_time(self, moment: Any) -> float:
         if self.device.type == "cuda":
             # elapsed_time is in milliseconds.
             return self._time + float(self._zero.elapsed_time(moment)) / 1000.0

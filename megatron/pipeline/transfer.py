@@ -17,7 +17,7 @@ from megatron.mesh.mesh import Axis, naming_communicator
 
 
 class PendingReceive:
-    """A tensor that is being received. `wait()` gives it."""
+    """A tensor that is being received."""
 
     def __init__(self, work: Any, buffer: Tensor, device: torch.device) -> None:
         self._work, self._buffer, self._device = work, buffer, device

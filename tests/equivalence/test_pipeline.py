@@ -324,7 +324,7 @@ def broken_run(setting: Setting, fault: str):
         backward = executor._backward
         executor._handlers[Op.B] = lambda action, grad: backward(action, grad * 1.01)
     if fault == "copies not summed":
-        run.optimizer._sum_copies = lambda axis, views: None
+        run.optimizer._sum_over = lambda axis, views: None
     return train_steps(run, setting, 1)[0], main_weight_slices(run)
 
 

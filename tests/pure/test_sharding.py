@@ -91,8 +91,8 @@ def test_slices_share_a_bucket_without_gap_or_overlap() -> None:
             own = owned_slice(bucket.length, shards, shard)
             assert own.stop - own.start == bucket.length // shards
             for s in param_ranges(bucket.offsets, inside, own):
-                assert bucket.offsets[s.member] + s.low == own.start + s.place
-                assert s.place >= 0 and s.place + s.high - s.low <= own.stop - own.start
+                assert bucket.offsets[s.member] + s.low == own.start + s.slice_offset
+                assert s.slice_offset >= 0 and s.slice_offset + s.high - s.low <= own.stop - own.start
                 seen += [(s.member, n) for n in range(s.low, s.high)]
         assert seen == sorted(set(seen)) and len(seen) == sum(inside)
 
