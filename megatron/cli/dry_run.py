@@ -1,7 +1,7 @@
 """Dry run: check a command and print what it would run, for any number of ranks, in one CPU process.
 
-It opens the tokenizer, the datasets and the checkpoint that the run names. torch is imported only to read a checkpoint, and
-after all checks to take sizes from the model.
+It opens the tokenizer, the datasets and the checkpoint that the settings name. torch is imported only to read a checkpoint,
+and after all checks to compute the sizes of the model.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ from megatron.data.matching import adopt_data_roles, check_tokenizer
 from megatron.data.mock import MADE_UP
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 
-GPT2_VOCABULARY = 50257  # tokens; assumed when the tokenizer's files are not named, which a dry run allows for GPT-2's
+GPT2_VOCAB_SIZE = 50257  # tokens; a dry run assumes it if the type is GPT-2's tokenizer and the files are not named
 
 TaskReader = Callable[[Parsed], tuple[RunConfig, list[str]]]
 
 
 @dataclass(frozen=True)
 class InputSummary:
-    """Summary of the inputs of a run on the disk.
+    """Summary of what a run reads from the disk.
 
     Attributes:
-        vocab_size: size of the vocabulary, unpadded.
-        source: origin of that size, for the printed report.
-        lines: one line per dataset and checkpoint.
+        vocab_size: unpadded size of the vocabulary.
+        vocab_source: origin of that size, for the printed report.
+        lines: lines of the report about datasets and checkpoint.
     """
 
     vocab_size: int
-    source: str
+    vocab_source: str
     lines: tuple[str, ...]
 
 
 def dry_run(parsed: Parsed, program: str, read_task: TaskReader | None = None) -> int:
-    """Print what a command would run, and return the exit status.
+    """Print the configuration and the plan of the run that a command would start, and return the exit status.
 
     Args:
         parsed: the command.
         program: name of the program, for messages.
-        read_task: reads the inputs of a task's command, instead of those of a pretraining run; see `tasks.program.preview`.
+        read_task: function that reads the inputs of a task, as `tasks.program.preview` does; None for a pretraining run.
 
     Raises:
         SystemExit: with status 2, for mistakes in the files.
@@ -62,21 +62,21 @@ def dry_run(parsed: Parsed, program: str, read_task: TaskReader | None = None) -
     config = parsed.config
     try:
         if read_task is None:
-            found = inspect_inputs(config, parsed.world_size)
+            inputs = inspect_inputs(config, parsed.world_size)
         else:
-            config, told = read_task(parsed)
-            found = InputSummary(config.model.known_vocab_size, "the checkpoint's", tuple(told))
+            config, task_lines = read_task(parsed)
+            inputs = InputSummary(config.model.known_vocab_size, "the checkpoint's", tuple(task_lines))
     except ConfigError as error:
         report_and_exit(error, program)
     lines = [f"note: {note}" for note in parsed.notes]
-    # Without the number of iterations that a task derives from its data: the printed file gives the same epochs.
-    repeatable = replace(parsed.config, eval=config.eval)
-    lines += ["# The resolved configuration, as a file for --config", to_toml(repeatable)]
+    # For a task, print the configuration before its number of iterations was derived from the data: --epochs gives it again.
+    printed = replace(parsed.config, eval=config.eval)
+    lines += ["# The resolved configuration, as a file for --config", to_toml(printed)]
     from megatron.plan.tables import report_plan  # imports torch, so only after all mistakes have been reported
 
-    config = replace(config, model=replace(config.model, vocab_size=found.vocab_size))
+    config = replace(config, model=replace(config.model, vocab_size=inputs.vocab_size))
     try:
-        lines += report_plan(config, parsed.world_size, found.source, found.lines)
+        lines += report_plan(config, parsed.world_size, inputs.vocab_source, inputs.lines)
     except ConfigError as error:
         report_and_exit(error, program)
     sys.stdout.write("\n".join(lines) + "\n")
@@ -84,44 +84,44 @@ def dry_run(parsed: Parsed, program: str, read_task: TaskReader | None = None) -
 
 
 def inspect_inputs(config: RunConfig, world_size: int = 1) -> InputSummary:
-    """Open everything that the run reads.
+    """Open the tokenizer, the datasets and the checkpoint of a run.
 
     Raises:
-        ConfigError: something cannot be opened or does not fit; it holds all mistakes.
+        ConfigError: one of them cannot be opened or does not fit the configuration; the error lists all such problems.
     """
-    problems: list[Problem] = []  # collected, so that one dry run reports all
+    problems: list[Problem] = []
     lines: list[str] = []
-    tokenizer, count, source = None, GPT2_VOCABULARY, "GPT-2's, since no tokenizer files are named"
+    tokenizer, vocab_size, source = None, GPT2_VOCAB_SIZE, "GPT-2's, since no tokenizer files are named"
     kind = config.tokenizer.tokenizer_type
-    # The names of the fields begin with "tokenizer.", which the flags and the section lack.
-    missing = [by_name()[n].flag for n in TOKENIZER_FILES.get(kind or "", ()) if getattr(config.tokenizer, n[10:]) is None]
+    options = [by_name()[name] for name in TOKENIZER_FILES.get(kind or "", ())]
+    missing = [option.flag for option in options if getattr(config.tokenizer, option.field) is None]
     if not missing:
         try:
             tokenizer = build_tokenizer(config.tokenizer)
-            count, source = tokenizer.vocab_size, str(kind)
+            vocab_size, source = tokenizer.vocab_size, str(kind)
         except DataError as error:
             problems.append(Problem(flag_text("tokenizer.tokenizer_type", kind), f"cannot be opened: {error}"))
     elif kind == "GPT2BPETokenizer":
         lines.append(f"a run also needs {' and '.join(missing)}")
     else:
         problems.append(Problem(flag_text("tokenizer.tokenizer_type", kind), f"needs `{missing[0]}`, also to know its size"))
-    lines += _datasets(config, tokenizer, problems)
+    lines += _inspect_datasets(config, tokenizer, problems)
     if config.checkpoint.load is not None or (
         config.checkpoint.save is not None and checkpoint_entries(Path(config.checkpoint.save))
     ):
-        lines += _checkpoint(config, world_size, problems)
-    else:  # a fresh run has the whole schedule of batch sizes before it
+        lines += _inspect_checkpoint(config, world_size, problems)
+    else:  # a new run goes through all batch sizes of its schedule
         problems += divisible_remaining_sizes(config, world_size, 0)
     if problems:
         raise ConfigError(problems)
-    return InputSummary(count, source, tuple(lines))
+    return InputSummary(vocab_size, source, tuple(lines))
 
 
-def _datasets(config: RunConfig, tokenizer: Tokenizer | None, problems: list[Problem]) -> list[str]:
-    """Open the datasets; add mistakes to `problems`, and return a line for each."""
+def _inspect_datasets(config: RunConfig, tokenizer: Tokenizer | None, problems: list[Problem]) -> list[str]:
+    """Open the datasets and return a line of the report for each. Appends mistakes to `problems`."""
     lines = []
     if tokenizer is not None:
-        with suppress(DataError):  # reported for the dataset below
+        with suppress(DataError):  # the loop below reports it, with the dataset's prefix
             lines += adopt_data_roles(config.data, config.tokenizer, tokenizer)[1]
     for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
         for prefix in prefixes(getattr(config.data, name)) or ():
@@ -137,8 +137,8 @@ def _datasets(config: RunConfig, tokenizer: Tokenizer | None, problems: list[Pro
     return lines or ["a run also needs --data-path"]
 
 
-def _checkpoint(config: RunConfig, world_size: int, problems: list[Problem]) -> list[str]:
-    """Look at the checkpoint to start from and at --save; add mistakes to `problems`, and return lines on both."""
+def _inspect_checkpoint(config: RunConfig, world_size: int, problems: list[Problem]) -> list[str]:
+    """Check the checkpoint to start from and --save, and return lines of the report. Appends mistakes to `problems`."""
     from megatron.checkpoint.layout import CheckpointError, read_config
     from megatron.train.resume import find_source, weights_alone
     from megatron.train.resumed_schedule import check_schedule
@@ -146,7 +146,7 @@ def _checkpoint(config: RunConfig, world_size: int, problems: list[Problem]) -> 
 
     what = flag_text("checkpoint.load", config.checkpoint.load)
     try:
-        # --auto-resume depends on what --save holds when the run starts, so the checkpoint of --load is the one to look at.
+        # --save may contain other checkpoints by the time that a run with --auto-resume starts, so only --load is inspected.
         source = find_source(replace(config.checkpoint, auto_resume=False))
         lines = check_save(source, config)
         if not config.checkpoint.auto_resume:
@@ -155,7 +155,7 @@ def _checkpoint(config: RunConfig, world_size: int, problems: list[Problem]) -> 
             return [*source.lines[:-1], *lines]
         if not config.checkpoint.auto_resume:
             check_schedule(source, config)
-        held = from_json(read_config(source.directory)).model
+        saved_model = from_json(read_config(source.directory)).model
         problems.extend(weights_alone(source))
     except CheckpointError as error:
         problems.append(Problem(what, f"cannot be loaded: {error}"))
@@ -163,5 +163,5 @@ def _checkpoint(config: RunConfig, world_size: int, problems: list[Problem]) -> 
     except ConfigError as error:
         problems.extend(error.problems)
         return []
-    problems.extend(model_differences(held, config.model, str(source.directory)))
+    problems.extend(model_differences(saved_model, config.model, str(source.directory)))
     return [*source.lines[:-1], *lines, f"checkpoint {source.directory}: complete"]

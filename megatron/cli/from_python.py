@@ -1,4 +1,4 @@
-"""Train from Python as the programs do from a command line: the same settings, files and messages, but mistakes are raised.
+"""Train from Python as the programs do from a command line: with the same settings, files and messages, but with exceptions.
 
 Imports torch only when a run begins.
 """
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 
 
 def parse_args(args: Sequence[str], *, architecture: Literal["gpt", "bert"] = "gpt") -> RunConfig:
-    """Return the run that a command line of `pretrain_gpt.py` or `pretrain_bert.py` means.
+    """Parse a command line of `pretrain_gpt.py` or `pretrain_bert.py` and return the run's configuration.
 
-    A file of settings is given as there: `["--config", "run.toml"]`. What is read differently from how it was typed, or has no
-    effect, is a Python warning.
+    A TOML file is given as on the command line: `["--config", "run.toml"]`. Flags that are interpreted differently from how
+    they were typed, or have no effect, cause Python warnings.
 
     Args:
         args: flags and their values.
-        architecture: the program whose defaults count.
+        architecture: selects the program whose defaults apply.
 
     Raises:
-        ConfigError: with all mistakes at once, in the words of the programs.
-        HelpRequested: for `--help` and `--version`, with the answer.
+        ConfigError: the arguments have mistakes; the error lists all of them, with the programs' messages.
+        HelpRequested: the arguments contain `--help` or `--version`; the text of the error is the answer.
     """
     env = LaunchEnvironment.from_environ(os.environ)
     program, defaults = f"pretrain_{architecture}.py", PRETRAINING_DEFAULTS[architecture]
@@ -50,12 +50,12 @@ def parse_args(args: Sequence[str], *, architecture: Literal["gpt", "bert"] = "g
 
 
 def configure(settings: RunSettings) -> RunConfig:
-    """Return the run that settings ask for, on as many ranks as the launcher started.
+    """Resolve settings into the configuration of a run, on as many ranks as the launcher started.
 
-    Every setting that follows from others is filled in, and all rules are checked, also those that look at the disk.
+    Every setting that follows from others is filled in, and all rules are checked, including those that look at the disk.
 
     Raises:
-        ConfigError: with all mistakes at once.
+        ConfigError: the settings have mistakes; the error lists all of them.
     """
     env = LaunchEnvironment.from_environ(os.environ)
     checked, problems = examine(settings, env.world_size)
@@ -66,35 +66,34 @@ def configure(settings: RunSettings) -> RunConfig:
 
 
 def pretrain(config: RunConfig) -> Exit:
-    """Pretrain a model, on this process alone or on all that `torchrun` or `srun` has started. Collective.
+    """Pretrain a model, in this process alone or in all processes that `torchrun` or `srun` has started. Collective.
 
-    Console, metrics and checkpoints are those of the programs. SIGTERM and SIGUSR1 end the run with a checkpoint; Ctrl-C
-    raises KeyboardInterrupt.
+    Console output, metrics and checkpoints are the same as those of the programs. SIGTERM and SIGUSR1 end the run with a
+    checkpoint; Ctrl-C raises KeyboardInterrupt. If a rank of several fails, it reports the error, and all ranks end.
 
     Args:
-        config: of `parse_args` or `configure`.
+        config: the configuration that `parse_args` or `configure` returned.
 
     Returns:
-        `Exit.FINISHED`, or `Exit.STOPPED` for a run that was stopped on request and goes on from its checkpoint.
+        `Exit.FINISHED`, or `Exit.STOPPED` for a run that was stopped on request and can resume from its checkpoint.
 
     Raises:
         InputError: tokenizer, data or checkpoint cannot be used.
         TrainingError: training failed.
-        JobError: the devices cannot be used, or the ranks do not find one another. An error of one of several ranks is
-            reported by it, and ends all of them.
+        JobError: the devices cannot be used, or the ranks cannot connect to one another.
     """
     from megatron.train.ending import Exit
     from megatron.train.pretraining import start
 
-    began = time.monotonic()
+    start_time = time.monotonic()
     env = LaunchEnvironment.from_environ(os.environ)
-    early = EarlyStop(env.rank)
-    early.progress = Progress(None if config.eval.skip_train else config.checkpoint.save)
+    early_stop = EarlyStop(env.rank)
+    early_stop.progress = Progress(None if config.eval.skip_train else config.checkpoint.save)
     if not config.checkpoint.auto_resume:
-        early.resume_advice = "start again with --auto-resume to go on"
-    signals = StopSignals(early.exit_process)
+        early_stop.resume_advice = "start again with --auto-resume to go on"
+    signals = StopSignals(early_stop.exit_process)
     signals.install()
     try:
-        return Exit(start(Parsed(config, False, env.world_size, frozenset(), ()), env, began, signals, early))
+        return Exit(start(Parsed(config, False, env.world_size, frozenset(), ()), env, start_time, signals, early_stop))
     finally:
         signals.close()

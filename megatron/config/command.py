@@ -1,4 +1,4 @@
-"""Settings of the command itself, which are not part of the run and are not saved."""
+"""Flags that concern the command, not the run: help, dry run, and sources of settings."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Plug-ins of installed packages, declared as entry points: listed beside the built-in ones, imported only when used.
+"""Find the plug-ins that installed packages declare as entry points, and import one when it is used.
 
-A plug-in cannot replace a built-in one of the same name. Packages declare entry points in their pyproject.toml, and
-importlib.metadata reads them.
+Packages declare entry points in their pyproject.toml, and importlib.metadata reads them. A plug-in cannot replace a built-in
+implementation of the same name.
 """
 
 from __future__ import annotations
@@ -11,17 +11,21 @@ from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-Own = TypeVar("Own")
+BuiltIn = TypeVar("BuiltIn")
 
 
-def with_installed(own: Mapping[str, Own], group: str) -> Mapping[str, Own | EntryPoint]:
-    """Return the built-in plug-ins by name, then those that installed packages add to the group under other names."""
-    return MappingProxyType({**own, **{found.name: found for found in entry_points(group=group) if found.name not in own}})
+def with_installed(built_in: Mapping[str, BuiltIn], group: str) -> Mapping[str, BuiltIn | EntryPoint]:
+    """Return the built-in implementations, and the entry points of a group that have other names, by name."""
+    return MappingProxyType({**built_in, **{e.name: e for e in entry_points(group=group) if e.name not in built_in}})
 
 
-def load_entry(found: EntryPoint) -> Any:
-    """Import the object that an entry point names. ValueError, whose text begins with "needs", when that fails."""
+def load_entry(entry: EntryPoint) -> Any:
+    """Import the object that an entry point names.
+
+    Raises:
+        ValueError: the import fails; the text continues a message that begins with the flag.
+    """
     try:
-        return found.load()
+        return entry.load()
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"needs {found.value}, which cannot be loaded: {error}") from error
+        raise ValueError(f"needs {entry.value}, which cannot be loaded: {error}") from error

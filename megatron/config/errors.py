@@ -1,4 +1,4 @@
-"""Mistakes in a configuration: all of a command are collected, and each says what to change."""
+"""Types for the mistakes in a configuration. All mistakes of a command are collected and reported together."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ class Problem:
     """One mistake in a configuration.
 
     Attributes:
-        what: the flags with their values, or the file and key, between backticks.
-        rule: the fault; continues the sentence that `what` begins, as in "`--num-layers 0`" "must be greater than 0".
-        legal: what would be right; empty when the rule says it.
-        ranks: a number of processes that would be right, when that is what is wrong; else 0.
-        on_disk: the mistake was found on this host's disk, and other hosts may not have it.
+        what: the subject of the message: flags with their values, or file and key, between backticks.
+        rule: the predicate of the message, as in "`--num-layers 0`" "must be greater than 0".
+        legal: the legal values; empty if the rule states them.
+        ranks: a number of processes that would be right, if the number of processes is wrong; else 0.
+        on_disk: the mistake was found on this host's disk, so other hosts may not have it.
     """
 
     what: str
@@ -29,18 +29,18 @@ class Problem:
 
 
 class ConfigError(Exception):
-    """A configuration that cannot run, with all its mistakes. Programs print them and exit with status 2."""
+    """Raised for a configuration that cannot run. Contains all its mistakes; programs print them and exit with status 2."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
-        self.problems = tuple(dict.fromkeys(problems))  # two rules may find the same one; the first place counts
+        self.problems = tuple(dict.fromkeys(problems))  # without duplicates: two rules may find the same problem
         super().__init__("\n".join(str(p) for p in self.problems))
 
     @property
     def on_disk(self) -> bool:
-        """True when every mistake was found on this host's disk, so that ranks on other hosts may see none."""
+        """True if all mistakes were found on this host's disk, so that ranks on other hosts may find none."""
         return all(problem.on_disk for problem in self.problems)
 
 
 def mark_on_disk(problems: Sequence[Problem]) -> list[Problem]:
-    """Return the same problems, marked as found on this host's disk."""
+    """Return copies of the problems, marked as found on this host's disk."""
     return [replace(problem, on_disk=True) for problem in problems]

@@ -1,4 +1,4 @@
-"""Settings of logging: metrics, and where they are written."""
+"""Settings of logging: which metrics are logged, and where to."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from megatron.config.paths import path_in_save
 
 @dataclass(frozen=True)
 class LogConfig:
-    """Metrics, and where they are written."""
+    """Metrics that are logged, and where to."""
 
     log_interval: int = option(100, "iterations between lines on the console and in the metrics file", legal=POSITIVE)
-    metrics_path: str | None = option(None, "metrics file, one JSON object a line (default: metrics.jsonl in --save)")
+    metrics_path: str | None = option(None, "metrics file, one JSON object per line (default: metrics.jsonl in --save)")
     tensorboard_dir: str | None = option(None, "directory of TensorBoard's event files")
     tensorboard_log_interval: int = option(1, "iterations between points in TensorBoard", legal=POSITIVE)
     tensorboard_queue_size: int = option(
@@ -55,18 +55,18 @@ class LogConfig:
     )
     peak_tflops: float | None = option(
         None,
-        "dense peak of one device in TFLOP/s, the base of the MFU; MFU counts the whole square of attention, mfu_causal "
-        "its causal half, as NVIDIA's tables do (default: known by the device's name)",
+        "dense peak of one device in TFLOP/s, for the MFU; MFU counts the whole square of attention, mfu_causal its causal "
+        "half, as NVIDIA's tables do (default: from a table of devices)",
         legal=POSITIVE,
     )
 
 
 def derive_log(log: LogConfig, save: str | None) -> LogConfig:
-    """Fill in the paths that default to the directory of --save."""
-    profile = log.profile_pipeline  # "" when the flag has no value, see `bare`
+    """Fill in the paths that default to the directory of --save, and turn W&B off if its project name is empty."""
+    profile = log.profile_pipeline  # "" if the flag was given without a value, see `bare` in the declaration above
     return replace(
         log,
-        wandb_project=log.wandb_project or None,  # an empty name turns W&B off, as in Megatron-LM
+        wandb_project=log.wandb_project or None,  # as in Megatron-LM
         wandb_save_dir=log.wandb_save_dir or (path_in_save(save, "wandb") if log.wandb_project else None),
         metrics_path=log.metrics_path or path_in_save(save, "metrics.jsonl"),
         profile_pipeline=(save or "pipeline_profile") if profile == "" else profile,

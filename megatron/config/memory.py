@@ -1,4 +1,4 @@
-"""Settings of activation recomputation: which activations are kept for the backward pass, and which are computed again."""
+"""Settings of activation recomputation: which activations are stored for the backward pass, and which are recomputed in it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FULL = "--recompute-granularity full"
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """Activations that are kept for the backward pass, or recomputed in it (arXiv 2205.05198)."""
+    """Activation recomputation (arXiv 2205.05198)."""
 
     recompute_granularity: str | None = option(
         None,
@@ -41,44 +41,44 @@ class MemoryConfig:
 
 
 def recompute_method(c: ConfigCheck) -> Iterator[Problem]:
-    """Granularity full needs a method; selective has none."""
+    """Granularity full needs a method; with selective, or without recomputation, method and number of layers are not given."""
     if c.invalid & {GRANULARITY, METHOD}:
         return
     if c[GRANULARITY] == "full":
         if c[METHOD] is None:
             yield Problem(c.flag_text(GRANULARITY), "needs `--recompute-method`", "uniform, block")
         return
-    for name in (METHOD, LAYERS):  # a default that was given counts as not given, and does no harm
+    for name in (METHOD, LAYERS):  # `is_set` ignores a default that the user spelled out, which is harmless here
         if not c.is_set(name) or name in c.invalid:
             continue
         if c[GRANULARITY] is None:
             yield Problem(c.flag_text(name), f"needs `{FULL}`")
         else:
-            yield Problem(c.flag_text(name), f"cannot go with {c.flag_text(GRANULARITY)}, which is that of every layer", FULL)
+            yield Problem(c.flag_text(name), f"cannot go with {c.flag_text(GRANULARITY)}, which applies to every layer", FULL)
 
 
 def distributed_activations(c: ConfigCheck) -> Iterator[Problem]:
-    """Saved inputs of chunks are sharded over tensor parallelism only if every rank would hold them whole."""
+    """The saved inputs of chunks are sharded over the tensor-parallel ranks only if each rank would else store all of them."""
     tp, hidden, what = c["layout.tensor_model_parallel_size"], c["model.hidden_size"], c.flag_text(DISTRIBUTE)
     if not c[DISTRIBUTE] or c.invalid & {GRANULARITY, "layout.tensor_model_parallel_size"}:
         return
     if c[GRANULARITY] != "full":
-        yield Problem(what, f"needs `{FULL}`: it cuts what chunks of whole layers start from")
+        yield Problem(what, f"needs `{FULL}`: it shards the saved inputs of chunks of whole layers")
     if tp < 2:
-        yield Problem(what, "needs `--tensor-model-parallel-size` of 2 or more: one rank has none to share with")
+        yield Problem(what, "needs `--tensor-model-parallel-size` of 2 or more: there is no other rank to share with")
     elif c["layout.sequence_parallel"]:
-        yield Problem(what, "cannot go with `--sequence-parallel`, under which each rank has its own part; leave it out")
+        yield Problem(what, "cannot go with `--sequence-parallel`, which already shards these inputs; leave it out")
     elif hidden and hidden % tp:
         rule = f"is not divisible by {c.flag_text('layout.tensor_model_parallel_size')} under {what}"
         yield Problem(c.flag_text("model.hidden_size"), rule, divisors(hidden))
 
 
 def compiled_recompute(c: ConfigCheck) -> Iterator[Problem]:
-    """Compiled attention is not recomputed if its kernel draws the dropout mask."""
-    # The kernel reads torch's generator, and nothing makes a compiled graph restore its state for the second run.
+    """Selective recomputation is not combined with --compile if the attention kernel draws the dropout mask."""
+    # The kernel draws from torch's generator, and a compiled graph does not restore the generator's state to recompute.
     fused = c["model.fused_attention_dropout"] and c["model.attention_dropout"] > 0.0
     if c[GRANULARITY] == "selective" and c["batch.compile"] and fused:
-        rule = "cannot go with `--compile` and `--fused-attention-dropout`: its second run would have to draw the same mask"
+        rule = "cannot go with `--compile` and `--fused-attention-dropout`: the recomputation would draw another mask"
         yield Problem(c.flag_text(GRANULARITY), rule, "--recompute-granularity full, or leave one of them out")
 
 

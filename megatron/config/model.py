@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from megatron.config.check import ConfigCheck, Rules, divisors, missing
 from megatron.config.errors import Problem
-from megatron.config.normalizations import NORMALIZATIONS, OWN, norm_class
+from megatron.config.normalizations import BUILT_IN, NORMALIZATIONS, norm_class
 from megatron.config.option import ABOVE_0_TO_1, FROM_0_BELOW_1, LAYERS, NOT_NEGATIVE, POSITIVE, option
 
 # Settings that an architecture does not have, and that would silently do nothing.
@@ -226,7 +226,7 @@ def normalization_package(c: ConfigCheck) -> Iterator[Problem]:
     """A normalisation of another package can be loaded."""
     name = c["model.normalization"]
     # The built-in ones need torch, which is not imported before a command is known to be right.
-    if name in OWN or "model.normalization" in c.invalid:
+    if name in BUILT_IN or "model.normalization" in c.invalid:
         return
     try:
         norm_class(name)

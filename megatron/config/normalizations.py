@@ -1,8 +1,8 @@
 """Table of the normalisation layers that a model can have, by the name of their class. Imports no torch.
 
-The class is a `torch.nn.Module` made from a `ModelConfig` and a `TensorParallel`, as those of `megatron/model/norm.py` are; it
-is imported when a model is built. It makes its parameters with `TensorParallel.parameter`, which records what sizes, gradients,
-optimizer and checkpoints need to know of them.
+The class is a subclass of `torch.nn.Module` whose constructor takes a `ModelConfig` and a `TensorParallel`, like the classes of
+`megatron/model/norm.py`. It is imported when a model is built. It must create its parameters with `TensorParallel.parameter`,
+which records the properties that the computation of sizes, gradients, optimizer and checkpoints use.
 
 A package outside this one adds a normalisation by an entry point of the group `megatron.normalizations`, in its pyproject.toml:
 
@@ -23,21 +23,21 @@ from megatron.config.entry_points import load_entry, with_installed
 
 GROUP = "megatron.normalizations"
 
-OWN: Mapping[str, EntryPoint] = MappingProxyType(
+BUILT_IN: Mapping[str, EntryPoint] = MappingProxyType(
     {
         "LayerNorm": EntryPoint("LayerNorm", "megatron.model.norm:LayerNorm", GROUP),
         "RMSNorm": EntryPoint("RMSNorm", "megatron.model.norm:RMSNorm", GROUP),
     }
 )
-NORMALIZATIONS: Mapping[str, EntryPoint] = with_installed(OWN, GROUP)
+NORMALIZATIONS: Mapping[str, EntryPoint] = with_installed(BUILT_IN, GROUP)
 
 
 def norm_class(normalization: str) -> Callable[..., Any]:
-    """Return the class of a normalisation. ValueError when it is unknown, or its package does not hold such a class."""
+    """Import and return the class of a normalisation. ValueError if it is unknown, or its entry point names no class."""
     if normalization not in NORMALIZATIONS:
         raise ValueError(f"unknown normalization {normalization}; known are {', '.join(NORMALIZATIONS)}")
-    found = NORMALIZATIONS[normalization]
-    made = load_entry(found)
-    if not isinstance(made, type):
-        raise ValueError(f"needs {found.value}, which is no class")
-    return made
+    entry = NORMALIZATIONS[normalization]
+    loaded = load_entry(entry)
+    if not isinstance(loaded, type):
+        raise ValueError(f"needs {entry.value}, which is not a class")
+    return loaded

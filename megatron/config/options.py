@@ -13,7 +13,7 @@ from megatron.config.schema import sections
 
 @cache
 def options() -> tuple[Option, ...]:
-    """Return every field that has a flag, in the schema's order."""
+    """Return the options of the command and of all sections, in the schema's order."""
     tables = {"command": CommandConfig, **sections()}
     return tuple(option for section, config in tables.items() for option in section_options(section, config))
 
@@ -25,5 +25,5 @@ def by_name() -> Mapping[str, Option]:
 
 
 def flag_text(name: str, value: Any) -> str:
-    """Return a setting as a user would type it, between backticks: `--num-layers 12`. A value of None is left out."""
+    """Return a setting as a user would type it, between backticks: `--num-layers 12`, or the flag alone if `value` is None."""
     return by_name()[name].text(value)

@@ -1,4 +1,4 @@
-"""Check paths that are to be read, and suggest what may have been meant."""
+"""Check that input files can be read, and suggest similar paths for those that do not exist."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from megatron.files.regular import describe_file_kind
 
 
 def suggest_paths(path: Path, names: list[str] | None = None) -> str:
-    """Return `; near it: ...`, paths that resemble one that does not exist; empty when none does.
+    """Return `; near it: ...` with up to three paths that resemble a path that does not exist; empty if there are none.
 
-    Names the missing directory instead when the path's directory does not exist either.
+    If the path's directory does not exist either, the returned text names the first missing directory instead.
 
     Args:
         path: the path that does not exist.
-        names: names to compare with; by default all that its directory holds.
+        names: names to compare with; by default, those of all entries of the path's directory.
     """
     folder = path.parent
     if names is None:
         if not os.path.isdir(folder):
-            while not os.path.isdir(folder):  # up to the first directory that exists; `path` is then what it lacks
+            while not os.path.isdir(folder):  # after the loop, `folder` exists, and `path` is the missing entry in it
                 path, folder = folder, folder.parent
             return f"; {folder} has no {path.name}" + suggest_paths(path)
         try:
@@ -34,20 +34,20 @@ def suggest_paths(path: Path, names: list[str] | None = None) -> str:
 
 
 def reason_unreadable(path: Path, flag: str = "") -> str | None:
-    """Return why a file cannot be read; None when it can.
+    """Return the reason why a file cannot be used as an input; None if it can.
 
     Args:
         path: the file.
-        flag: the flag that names it, if a user may have given a model's name on the Hugging Face Hub instead.
+        flag: the flag that names it; given where users may type a model's name on the Hugging Face Hub by mistake.
     """
     if os.path.isdir(path):
         return "is a directory, not a file"
     if not os.path.exists(path):
-        # A near miss on the disk is likelier than a name on the Hub, which has the form of a relative path as well.
+        # A name on the Hub has the form of a relative path, so a misspelled path is the likelier cause if a similar one exists.
         nearby = suggest_paths(path)
-        then = "give DIR" if flag == "--tokenizer-model" else f"give {flag} its file in DIR"
-        hub = recognize_hub_name(path, then) if flag and not nearby.startswith("; near it") else None
-        return f"is {hub}" if hub else f"does not exist{nearby}"
+        next_step = "give DIR" if flag == "--tokenizer-model" else f"give {flag} its file in DIR"
+        hub_name = recognize_hub_name(path, next_step) if flag and not nearby.startswith("; near it") else None
+        return f"is {hub_name}" if hub_name else f"does not exist{nearby}"
     if kind := describe_file_kind(path.stat().st_mode):
         return f"is {kind}, not a regular file"
     if not os.access(path, os.R_OK):
@@ -58,5 +58,5 @@ def reason_unreadable(path: Path, flag: str = "") -> str | None:
 
 
 def path_in_save(save: str | None, name: str) -> str | None:
-    """Return the path of a file in the directory of --save; None when nothing is saved."""
+    """Return the path of a file or directory in --save; None if --save is not given."""
     return None if save is None else str(Path(save) / name)

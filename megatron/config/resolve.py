@@ -1,4 +1,4 @@
-"""Resolve a user's settings into a run's configuration: fill in every setting that follows from others."""
+"""Resolve a user's settings into a run's configuration, by deriving the settings that follow from others."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Section = TypeVar("Section")
 def derive(settings: RunSettings, world_size: int = 1) -> RunSettings:
     """Return `settings` with every derived setting filled in. Idempotent.
 
-    A setting stays None when those that it follows from are missing or do not fit; `rules.check` reports why.
+    A setting stays None if the settings that it is derived from are missing or wrong; `rules.check` reports those.
     """
-    # The batch first: lengths of the learning-rate schedule follow from the run's iterations.
+    # The batch comes first, because the learning-rate schedule derives its length from the run's iterations.
     batch = derive_batch(settings.batch, data_parallel_size(settings.layout, world_size), settings.data.seq_length)
     return replace(
         settings,
@@ -36,31 +36,31 @@ def derive(settings: RunSettings, world_size: int = 1) -> RunSettings:
 
 
 def resolve(settings: RunSettings, world_size: int = 1) -> RunConfig:
-    """Return the configuration of a run. ValueError names a setting that is missing; `rules.check` reports all of them."""
+    """Return the configuration of a run. ValueError names the first missing setting; `rules.check` reports all of them."""
     settings = derive(settings, world_size)
     return RunConfig(**{name: complete(getattr(settings, name), kind) for name, kind in get_type_hints(RunConfig).items()})
 
 
 def resolve_model(settings: ModelSettings) -> ModelConfig:
-    """Return the configuration of a model alone, without a run. ValueError says which setting is missing or does not fit."""
+    """Return the configuration of a model without a run. ValueError names a setting that is missing or does not fit."""
     model = derive_model(settings, None)
-    # A clearer message than that kv_channels is missing; a run has the rule `head_width` for it.
+    # `complete` would only report that kv_channels is missing. For a run, the rule `head_width` reports the cause.
     if model.kv_channels is None and model.num_attention_heads and model.hidden_size:
         raise ValueError(f"{model.num_attention_heads} attention heads do not divide the width {model.hidden_size}")
     return complete(model, ModelConfig)
 
 
 def complete(settings: Any, kind: type[Section]) -> Section:
-    """Return a section's derived settings as the type that a run uses, in which they are never None.
+    """Convert a section from its settings type to its config type, whose required fields are never None.
 
     Args:
-        settings: the section, after its `derive_...`.
+        settings: the section, after its `derive_...` function.
         kind: the section's dataclass in `RunConfig`.
 
     Raises:
-        ValueError: a setting that a run needs is still None.
+        ValueError: a required field is still None.
     """
-    if isinstance(settings, kind):  # sections with nothing to derive have one type, and a resolved run may come in again
+    if isinstance(settings, kind):  # a section without derived settings has only one type; or it was resolved before
         return settings
     for field in fields(kind):  # type: ignore[arg-type]
         if field.default is MISSING and getattr(settings, field.name) is None:

@@ -188,7 +188,7 @@ def check_source(source: StateSource, config: RunConfig) -> None:
         return
     problems = [*weights_alone(source), *model_differences(source.saved.model, config.model, str(source.directory))]
     new_head = not source.progress and not config.eval.skip_train
-    problems += head_differences(source.saved.model, config.model, str(source.directory), new=new_head)
+    problems += head_differences(source.saved.model, config.model, str(source.directory), may_add_head=new_head)
     if source.optimizer and source.saved.checkpoint.no_save_optim:
         rule = "holds no optimizer state, it was saved with --no-save-optim; start a new one with --no-load-optim"
         problems.append(Problem(f"the checkpoint {source.directory}", rule))

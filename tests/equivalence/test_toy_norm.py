@@ -200,4 +200,4 @@ def test_what_cannot_be_loaded_is_said_in_a_line(installed: dict[str, str]) -> N
     assert toy == own == "[]" and modules == "toy_norms megatron.model.norm"
     assert "`--normalization DynamicTan` is not known; legal: LayerNorm, RMSNorm, DynamicTanh, gone, wrong" in unknown
     assert "needs toy_norms_of_old:Norm, which cannot be loaded: No module" in gone
-    assert "needs toy_norms:NOT_A_CLASS, which is no class" in wrong
+    assert "needs toy_norms:NOT_A_CLASS, which is not a class" in wrong

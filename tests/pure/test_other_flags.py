@@ -11,8 +11,8 @@ import pytest
 
 from megatron.config.command_line.arguments import read_arguments
 from megatron.config.command_line.help import help_text
-from megatron.config.command_line.other_flags.other_frameworks import ELSEWHERE, MEANT, NAMES
-from megatron.config.command_line.other_flags.refused import FEATURES, VALUES
+from megatron.config.command_line.other_flags.other_frameworks import ADVICE, MESSAGES, NAMES
+from megatron.config.command_line.other_flags.refused import FEATURES, REFUSED_VALUES
 from megatron.config.command_line.other_flags.table import OtherFlag, find_other, other_flags
 from megatron.config.command_line.parse import Parsed, parse
 from megatron.config.command_line.reading import Reading
@@ -146,7 +146,7 @@ def test_a_feature_is_refused_in_one_message() -> None:
     assert mistakes(*BASE, "--profile") == [
         "`--profile` belongs to profiling by nsys or torch, which is not available; --profile-pipeline measures the pipeline"
     ]
-    for flag, words in VALUES.items():
+    for flag, words in REFUSED_VALUES.items():
         for value, rule in words.items():
             assert mistakes(*BASE, flag, value)[0].startswith(f"`{flag} {value}` {rule}")
 
@@ -257,12 +257,12 @@ def test_command_lines_of_megatron_are_legal_or_refused_for_a_feature() -> None:
 
 def test_what_people_of_other_frameworks_type() -> None:
     flags = {flag for names in NAMES for flag in re.findall(r"--[a-z0-9-]+", names)}
-    flags |= {flag for answer in MEANT for flag in re.findall(r"--[a-z0-9-]+", answer)} - {"--nproc"}
+    flags |= {flag for answer in ADVICE for flag in re.findall(r"--[a-z0-9-]+", answer)} - {"--nproc"}
     assert [flag for flag in flags if normalize_flag(flag) not in spellings()] == []
-    taken = [name for name in ELSEWHERE if "--" + name in spellings() or find_other("--" + name)]
+    taken = [name for name in MESSAGES if "--" + name in spellings() or find_other("--" + name)]
     assert not taken, f"these are known already: {taken}"
-    written = sum(len(names.split()) for names in [*NAMES.values(), *MEANT.values()])
-    assert len(ELSEWHERE) == written, "a name stands twice"
+    written = sum(len(names.split()) for names in [*NAMES.values(), *ADVICE.values()])
+    assert len(MESSAGES) == written, "a name stands twice"
 
 
 @pytest.mark.parametrize(
@@ -289,19 +289,19 @@ def test_what_people_of_other_frameworks_type() -> None:
         ("--training.local_batch_size", "is called --micro-batch-size here"),
         ("--training.seq_len", "is called --seq-length here"),
         ("--parallelism.tensor_parallel_degree", "is called --tensor-model-parallel-size here"),
-        ("--parallelism.data_parallel_shard_degree", "is no flag: data parallelism takes the ranks"),
+        ("--parallelism.data_parallel_shard_degree", "is not a flag: data parallelism takes the ranks"),
         ("--optimizer.lr", "is called --lr here"),
         ("--train.global_batch_size", "is called --global-batch-size here"),
-        ("--train.max_tokens", "is no flag: say how long with --train-iters"),
+        ("--train.max_tokens", "is not a flag: set the length of training with --train-iters"),
         ("--eval.interval", "is called --eval-interval here"),
         ("--checkpoint.interval", "is called --save-interval here"),
-        ("--gradient-accumulation-steps", "is no flag: steps that are accumulated follow from --global-batch-size /"),
-        ("--num_train_epochs", "is no flag: say how long with --train-iters, or with --train-samples (an epoch is"),
+        ("--gradient-accumulation-steps", "is not a flag: gradients are accumulated over --global-batch-size /"),
+        ("--num_train_epochs", "is not a flag: set the length of training with --train-iters, or with --train-samples (one"),
         ("--train_micro_batch_size_per_gpu", "is called --micro-batch-size here"),
-        ("--deepspeed_config", "is no flag: --use-distributed-optimizer shards the optimizer state"),
-        ("--model_name_or_path", "is no flag: a known model is --preset, and a Hugging Face directory is first"),
-        ("--device", "is no flag: a process takes its GPU"),
-        ("--dtype", "is no flag: numbers are fp32"),
+        ("--deepspeed_config", "is not a flag: --use-distributed-optimizer shards the optimizer state"),
+        ("--model_name_or_path", "is not a flag: --preset gives the sizes of a known model, and tools/import_hf.py"),
+        ("--device", "is not a flag: each process uses its GPU"),
+        ("--dtype", "is not a flag: the model computes in fp32"),
     ],
 )  # fmt: skip
 def test_what_others_type_is_answered_in_words(typed: str, answer: str) -> None:

@@ -20,14 +20,14 @@ CASES: list[tuple[str, str, int, str]] = [
         "recompute_method",
         "--recompute-activations --recompute-method block",
         1,
-        "`--recompute-method block` cannot go with `--recompute-granularity selective`, which is that of every layer; "
+        "`--recompute-method block` cannot go with `--recompute-granularity selective`, which applies to every layer; "
         "legal: --recompute-granularity full",
     ),
     (
         "recompute_method",
         "--recompute-activations --recompute-num-layers 2",
         1,
-        "`--recompute-num-layers 2` cannot go with `--recompute-granularity selective`, which is that of every layer; "
+        "`--recompute-num-layers 2` cannot go with `--recompute-granularity selective`, which applies to every layer; "
         "legal: --recompute-granularity full",
     ),
     ("recompute_method", "--recompute-method uniform", 1, "`--recompute-method uniform` needs `--recompute-granularity full`"),
@@ -36,20 +36,20 @@ CASES: list[tuple[str, str, int, str]] = [
         "distributed_activations",
         "--distribute-saved-activations --tensor-model-parallel-size 2",
         2,
-        "`--distribute-saved-activations` needs `--recompute-granularity full`: it cuts what chunks of whole layers start from",
+        "`--distribute-saved-activations` needs `--recompute-granularity full`: it shards the saved inputs of chunks of whole layers",
     ),
     (
         "distributed_activations",
         "--distribute-saved-activations --recompute-granularity full --recompute-method block",
         1,
-        "`--distribute-saved-activations` needs `--tensor-model-parallel-size` of 2 or more: one rank has none to share with",
+        "`--distribute-saved-activations` needs `--tensor-model-parallel-size` of 2 or more: there is no other rank to share with",
     ),
     (
         "distributed_activations",
         "--distribute-saved-activations --recompute-granularity full --recompute-method block --sequence-parallel "
         "--tensor-model-parallel-size 2",
         2,
-        "`--distribute-saved-activations` cannot go with `--sequence-parallel`, under which each rank has its own part; "
+        "`--distribute-saved-activations` cannot go with `--sequence-parallel`, which already shards these inputs; "
         "leave it out",
     ),
     (

@@ -167,7 +167,7 @@ def test_a_restart_by_torchrun_resumes(slices, command, flags, whole, tmp_path):
     assert failed.statuses == [0, 1] and len(failed.errors) == 1
     again = slices(command("split"), env=attempts[1])
     assert again.statuses == [0, 0]
-    assert "restart 1 by torchrun: going on from the newest checkpoint of --save, as with --auto-resume" in again.out
+    assert "restart 1 by torchrun: resuming from the newest checkpoint of --save, as with --auto-resume" in again.out
     assert "iter_0000008" in again.out and metrics(tmp_path / "split") == whole(flags)
 
 

@@ -27,10 +27,10 @@ def help_text(program: str, *, task: bool = False) -> str:
         for option in options():
             if option.section == section:
                 lines += _describe(option)
-    lines += ["", "Old flags of Megatron-LM, read as ours (with a note):"]
+    lines += ["", "Flags of Megatron-LM that are read as other flags (with a note):"]
     lines += [f"  {row.flag:<40}  {' '.join(row.means)}" for row in other_flags().values() if row.means]
     ignored = sorted(row.flag for row in other_flags().values() if not row.refused and not row.means)
-    lines += ["", "Accepted, and without effect (each says why when it is used):"]
+    lines += ["", "Accepted without effect (a note gives the reason):"]
     lines += textwrap.wrap(", ".join(ignored), 110, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
     lines += ["", "Every other flag of Megatron-LM, 23.06 to Core 0.19, is an error that names the feature it belongs to."]
     lines += ["", "In a TOML file the names in brackets are tables, and keys are the flags without their dashes."]

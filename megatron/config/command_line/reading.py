@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron.config.command_line.other_flags.other_frameworks import CALLED, HOW_LONG
+from megatron.config.command_line.other_flags.other_frameworks import CALLED, LENGTH_ADVICE
 from megatron.config.command_line.other_flags.table import VALUE, OtherFlag
 from megatron.config.command_line.spelling import TAKES_VALUE, Spelling, is_flag, normalize_flag, spellings
 from megatron.config.command_line.values import parse_value
@@ -78,7 +78,7 @@ class Reading:
     def record_unknown(self, what: str, rule: str) -> None:
         """Record an unknown flag or key, and the settings that its message `rule` suggests."""
         self.problems.append(Problem(what, rule))
-        words = re.findall(r"--[a-z0-9-]+", rule) if rule.startswith((CALLED, HOW_LONG)) else []
+        words = re.findall(r"--[a-z0-9-]+", rule) if rule.startswith((CALLED, LENGTH_ADVICE)) else []
         words += rule.partition("; did you mean ")[2].rstrip("?").split(" or ")
         found = (spellings().get("--" + word.lstrip("-")) for word in words)  # suggested keys of a file have no dashes
         self.suggested |= {spelling.option.name for spelling in found if spelling}

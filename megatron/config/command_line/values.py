@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from megatron.config.command_line.other_flags.refused import VALUES
+from megatron.config.command_line.other_flags.refused import REFUSED_VALUES
 from megatron.config.option import Option
 
 FILE_SECTIONS = ("checkpoint", "data", "tokenizer")  # their strings are mostly paths, so an empty string is a mistake
@@ -31,7 +31,7 @@ def parse_value(option: Option, text: str) -> Any:
             raise ValueError("is not a finite number")
         return number
     if option.choices and text not in option.choices:
-        reason = VALUES.get(option.flag, {}).get(text)  # for a value that Megatron-LM's flag of this name accepts
+        reason = REFUSED_VALUES.get(option.flag, {}).get(text)  # for a value that Megatron-LM's flag of this name accepts
         raise ValueError(reason or f"is not known; legal: {', '.join(option.choices)}")
     if not text and option.section in FILE_SECTIONS:
         raise ValueError("is empty")

@@ -1,7 +1,7 @@
-"""Flags of nanoGPT, Transformers, torchtitan, LitGPT, DeepSpeed and NeMo, and the flags that correspond to them here.
+"""Table of the flags of nanoGPT, Transformers, torchtitan, LitGPT, DeepSpeed and NeMo, and of what to use here instead.
 
-Names are written without leading dashes, and with dashes for underscores. A name with a dot is looked up as it is, and then
-without the part before its last dot: `training.seq_len` as `seq-len`.
+The names of flags have no leading dashes, and dashes in place of underscores. A name with a dot is first looked up as a whole,
+then without the part before its last dot: `training.seq-len` as `seq-len`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 CALLED = "is called"
-HOW_LONG = "is no flag: say how long with"
+LENGTH_ADVICE = "is not a flag: set the length of training with"
 
-# Our flag, then its names in other frameworks.
+# Our flag -> its names in other frameworks.
 NAMES = {
     # sizes of the model
     "--num-layers": "n-layer n-layers num-hidden-layers nlayers depth",
@@ -83,69 +83,69 @@ NAMES = {
     "--skip-train": "eval-only only-eval",
 }
 
-# The message that follows the flag in the error "`--flag` ...", then the flags that get it.
-MEANT = {
-    "is no flag: steps that are accumulated follow from --global-batch-size / (--micro-batch-size x data-parallel ranks)": """
+# End of the error "`--flag` ...", -> names of flags in other frameworks.
+ADVICE = {
+    "is not a flag: gradients are accumulated over --global-batch-size / (--micro-batch-size x data-parallel ranks) steps": """
         gradient-accumulation-steps grad-accum gradient-accumulation accumulate-grad-batches gradient-accumulation-iters
         grad-accum-steps accumulation-steps""",
-    f"{HOW_LONG} --train-iters, or with --train-samples (an epoch is as many as the data has); tasks/main.py has --epochs": """
+    f"{LENGTH_ADVICE} --train-iters, or with --train-samples (one epoch: all samples); tasks/main.py has --epochs": """
         num-train-epochs num-epochs max-epochs n-epochs epoch train.epochs training.epochs""",
-    f"{HOW_LONG} --train-iters, or with --train-samples (tokens / --seq-length)": """
+    f"{LENGTH_ADVICE} --train-iters, or with --train-samples (tokens / --seq-length)": """
         max-tokens train-tokens num-tokens total-tokens""",
-    "is no flag: data parallelism takes the ranks that the other axes leave": """
+    "is not a flag: data parallelism takes the ranks that the other axes leave": """
         dp dp-size data-parallel-size data-parallel data-parallel-degree data-parallel-replicate-degree
         data-parallel-shard-degree""",
-    "is no flag: how many processes run is said to torchrun, as in `torchrun --nproc_per_node 8 pretrain_gpt.py ...`": """
+    "is not a flag: torchrun sets the number of processes, as in `torchrun --nproc_per_node 8 pretrain_gpt.py ...`": """
         nproc-per-node nnodes num-nodes num-gpus gpus devices n-gpu num-processes nproc""",
-    "is no flag: a process takes its GPU, or the CPU where there is none": "device accelerator use-cuda cuda no-cuda use-cpu",
-    "is no flag: numbers are fp32, or with --bf16 or --fp16 two bytes": """
+    "is not a flag: each process uses its GPU, or the CPU if there is none": "device accelerator use-cuda cuda no-cuda use-cpu",
+    "is not a flag: the model computes in fp32, or with --bf16 or --fp16 in that format": """
         dtype precision mixed-precision torch-dtype mixed-precision-param mixed-precision-reduce amp tf32 fp32""",
-    "is no flag: a known model is --preset, and a Hugging Face directory is first a checkpoint by tools/import_hf.py": """
+    "is not a flag: --preset gives the sizes of a known model, and tools/import_hf.py converts a Hugging Face directory": """
         model model-name-or-path model-name model-path pretrained-model-name-or-path model.name model.flavor model-type
         init-from hf-model flavor""",
-    "is no flag: dropout is --hidden-dropout and --attention-dropout": """
+    "is not a flag: --hidden-dropout and --attention-dropout set the dropout": """
         dropout resid-pdrop attn-pdrop embd-pdrop resid-dropout""",
-    "is no flag: biases are there unless --disable-bias-linear and --disable-norm-bias say otherwise": "bias use-bias",
-    "is no flag: the vocabulary's size is the tokenizer's": "n-vocab padded-vocab",
-    "is no flag: the output layer is the embedding's matrix unless --untie-embeddings-and-output-weights says otherwise": """
+    "is not a flag: layers have biases unless --disable-bias-linear and --disable-norm-bias are given": "bias use-bias",
+    "is not a flag: the vocabulary's size is the tokenizer's": "n-vocab padded-vocab",
+    "is not a flag: the output layer shares the embedding's matrix unless --untie-embeddings-and-output-weights is given": """
         tie-embeddings tie-word-embeddings tie-weights weight-tying""",
-    "is no flag: the learning rate always decays as --lr-decay-style says": "decay-lr",
-    "is no flag: evaluation has the --micro-batch-size of training": """
+    "is not a flag: --lr-decay-style sets how the learning rate decays": "decay-lr",
+    "is not a flag: evaluation uses the --micro-batch-size of training": """
         per-device-eval-batch-size eval-batch-size per-gpu-eval-batch-size val-batch-size""",
-    "is no flag: a run trains and evaluates; --skip-train only evaluates, --eval-iters 0 only trains": "do-train do-eval",
-    "is no flag: --eval-interval says how often to evaluate, --save-interval how often to save": """
+    "is not a flag: a run trains and evaluates; --skip-train only evaluates, --eval-iters 0 only trains": "do-train do-eval",
+    "is not a flag: --eval-interval sets how often to evaluate, --save-interval how often to save": """
         eval-strategy evaluation-strategy save-strategy logging-strategy save-safetensors""",
-    "is no flag: metrics go to the console, and to --metrics-path, --tensorboard-dir and --wandb-project": """
+    "is not a flag: metrics are logged to the console, and to --metrics-path, --tensorboard-dir and --wandb-project": """
         report-to logger logger-name run-name wandb-log use-wandb log-with enable-tensorboard enable-wandb wandb-run-name
         wandb-name""",
-    "is no flag: checkpoints are saved with --save DIR --save-interval N": """
+    "is not a flag: checkpoints are saved with --save DIR --save-interval N": """
         always-save-checkpoint enable-checkpoint enable-checkpointing save-checkpoints checkpoint.enable""",
-    "is no flag: --use-distributed-optimizer shards the optimizer state (ZeRO-1), and no other stage is available": """
+    "is not a flag: --use-distributed-optimizer shards the optimizer state (ZeRO-1), and no other stage is available": """
         zero zero-stage zero1 zero-optimization deepspeed deepspeed-config ds-config fsdp use-fsdp""",
-    "is no flag: attention is torch's scaled_dot_product_attention": """
+    "is not a flag: attention is torch's scaled_dot_product_attention": """
         attn-implementation attn-impl flash-attention flash-attn flash""",
-    "is no flag: adapters (LoRA) are not available; all weights are trained": """
+    "is not a flag: adapters (LoRA) are not available; all weights are trained": """
         use-lora lora-r lora-alpha lora-dropout lora peft""",
-    "is no flag: the Hub is not used; tools/export_hf.py writes a directory that Transformers opens": """
+    "is not a flag: the Hub is not used; tools/export_hf.py writes a directory that Transformers opens": """
         push-to-hub hub-model-id hub-token""",
-    "is no flag: an order of samples follows from --seed; --dataloader-type cyclic draws a new one each epoch": "shuffle",
-    "is no flag: --rampup-batch-size is what grows": "batch-size-warmup",
-    "is no flag: weights, order of samples and dropout masks follow from --seed alone": """
+    "is not a flag: --seed sets the order of samples; --dataloader-type cyclic reshuffles them each epoch": "shuffle",
+    "is not a flag: use --rampup-batch-size": "batch-size-warmup",
+    "is not a flag: --seed alone determines weights, order of samples and dropout masks": """
         deterministic use-deterministic-algorithms cudnn-deterministic""",
-    "is no flag: --profile-pipeline measures the pipeline, and no other profiler is there": """
+    "is not a flag: --profile-pipeline measures the pipeline, and no other profiler is available": """
         enable-profiling profile-freq profiler""",
 }
 
 
 def _table() -> Mapping[str, str]:
-    """Return the message for each name of `NAMES` and `MEANT`."""
+    """Return the message for each name of `NAMES` and `ADVICE`."""
     called = {name: f"{CALLED} {flag} here" for flag, names in NAMES.items() for name in names.split()}
-    return MappingProxyType(called | {name: answer for answer, names in MEANT.items() for name in names.split()})
+    return MappingProxyType(called | {name: message for message, names in ADVICE.items() for name in names.split()})
 
 
-ELSEWHERE: Mapping[str, str] = _table()  # name without leading dashes -> the message that follows it in an error
+MESSAGES: Mapping[str, str] = _table()  # name without leading dashes -> end of the error that begins with it
 
 
 def find_other_framework(word: str) -> str | None:
     """Return the message for a flag of another framework, given without leading dashes; None for an unknown one."""
-    return ELSEWHERE.get(word) or ELSEWHERE.get(word.rpartition(".")[2])
+    return MESSAGES.get(word) or MESSAGES.get(word.rpartition(".")[2])

@@ -1,9 +1,9 @@
-"""Table of Megatron-LM's flags that are refused, by the feature that they belong to.
+"""Table of the flags of Megatron-LM that are refused, grouped by the unavailable feature that they belong to.
 
 `table.py` explains the notation. When a feature is added, its flags move from here to fields of the schema.
 """
 
-# The feature, as in the error "`--flag` belongs to ...", then its flags.
+# Feature, which ends the error "`--flag` belongs to ...", -> flags.
 FEATURES = {
     # models
     "mixtures of experts, which are not available yet": """
@@ -25,7 +25,7 @@ FEATURES = {
     "other kinds of attention, which are not available": """
         --window-size --window-attn-skip-freq --softmax-type=vanilla --attention-output-gate
         --experimental-attention-variant --linear-* --dsa-* --no-dsa-* --disable-dsa-*""",
-    "biases of queries, keys and values alone, which are not available yet": "--add-qkv-bias",
+    "biases of the query, key and value projections alone, which are not available yet": "--add-qkv-bias",
     "other activations, which are not available": """
         --quick-geglu --glu-linear-offset=0|0.0 --activation-func-clamp-value""",
     "hybrid models (Mamba), which are not available": """
@@ -52,12 +52,12 @@ FEATURES = {
         --num-layers-at-end-in-bf16 --keep-fp8-transpose-cache --keep-fp8-transpose-cache-when-using-custom-fsdp
         --reuse-grad-buf-for-mxfp8-param-ag --te-precision-config-file --kitchen-* --use-kitchen-attention
         --no-stream-ckpt-dequant --disable-stream-ckpt-dequant""",
-    "sums in another precision, which are not available; --grad-reduce-in-bf16 is what there is": """
+    "accumulation in another precision, which is not available; use --grad-reduce-in-bf16": """
         --ddp-reduce-scatter-with-fp32-accumulation --ddp-param-name-patterns-for-fp32-local-accumulation
         --disable-bf16-reduced-precision-matmul --batch-invariant-mode""",
     # the optimizer
     "other optimizers, which are not available; --optimizer is adam or sgd": "--muon-* --lion-*",
-    "initial weights of their own for embeddings, which are not available": "--embedding-init-method-std",
+    "a separate initialization of embeddings, which is not available": "--embedding-init-method-std",
     "frozen layers, which are not available": "--freeze-all-layers",
     # layout and memory
     "fully sharded data parallelism, which is not available; --use-distributed-optimizer shards the optimizer state": """
@@ -76,12 +76,12 @@ FEATURES = {
     # data
     "TikTokenizer, which is not available; HuggingFaceTokenizer reads a tokenizer.json": """
         --tiktoken-* --tokenizer-special-tokens""",
-    "settings of a tokenizer that its own files hold here": """
+    "tokenizer settings that are read from the tokenizer's own files here": """
         --tokenizer-metadata --tokenizer-sentencepiece-legacy --null-tokenizer-eod-id --null-tokenizer-pad-id""",
-    "code that comes with a model, and nothing that is loaded may run code": "--trust-remote-code",
-    "a vocabulary of another padding; --make-vocab-size-divisible-by is what there is": """
+    "models that come with code, which is never executed": "--trust-remote-code",
+    "other paddings of the vocabulary, which are not available; use --make-vocab-size-divisible-by": """
         --padded-vocab-size --no-pad-vocab-size --disable-pad-vocab-size""",
-    "attention within documents by their lengths; --reset-attention-mask is what there is": """
+    "attention within documents by their lengths, which is not available; use --reset-attention-mask": """
         --dataloader-inter-document-masking""",
     "fill-in-the-middle training, which is not available": "--fim-*",
     "object storage, which is not available; data and checkpoints are files": """
@@ -90,40 +90,40 @@ FEATURES = {
     "training on chats (SFT), which is not available yet": "--sft --sft-*",
     "reinforcement learning, which is not available": "--perform-rl-step --rl-* --grpo-* --langrl-* --refit-method",
     "knowledge distillation, which is not available": "--logits-* --export-kd-* --export-te-mcore-model",
-    "evaluations of another form; --eval-iters, --eval-interval and --valid-data-path are what there is": """
+    "other kinds of evaluation, which are not available; use --eval-iters, --eval-interval and --valid-data-path": """
         --full-validation --multiple-validation-sets --validation-set-names --start-eval-at-iter --eval-global-batch-size
         --eval-micro-batch-size""",
     "runs in phases, which are not available": "--phase-transition-iterations --override-ckpt-iteration",
     # checkpoints
     "checkpoints on the nodes' own disks, which are not available; --async-save saves without waiting": """
         --non-persistent-* --replication --replication-factor --replication-jump""",
-    "conversions; tools/import_megatron.py and tools/export_megatron.py convert": "--ckpt-convert-*",
-    "a layout from the checkpoint, which is not available: any layout loads any checkpoint, so give the one you want": """
+    "conversion of checkpoints; use tools/import_megatron.py and tools/export_megatron.py": "--ckpt-convert-*",
+    "taking the layout from the checkpoint, which is not available; any layout loads any checkpoint, so set it by flags": """
         --use-mp-args-from-checkpoint-args""",
-    # watching, profiling, faults
+    # profiling, debugging and fault tolerance
     "profiling by nsys or torch, which is not available; --profile-pipeline measures the pipeline": """
         --profile --use-pytorch-profiler --record-memory-history --run-workload-inspector-server""",
     "dumps of tensors, which are not available": """
         --save-activations-interval --save-dgrads-interval --save-wgrads-interval --save-params-interval
         --dump-param-to-param-group-map""",
-    "checks that are not available; --on-nonfinite is what there is": """
+    "checks that are not available; use --on-nonfinite": """
         --check-for-spiky-loss --check-for-large-grads --gpu-sniff-test-interval""",
-    "faults on purpose, which are not available": "--error-injection-* --fault-injector-* --fake-process-group",
+    "fault injection, which is not available": "--error-injection-* --fault-injector-* --fake-process-group",
     "NVIDIA's resiliency extension, which is not used: a rank that dies or hangs ends the job with one error, and "
-    "--auto-resume goes on": """
+    "--auto-resume continues it": """
         --enable-ft-package --calc-ft-timeouts --ft-num-warmup-iters --inprocess-*""",
     # programs
-    "Megatron-LM's programs that generate text; tools/generate.py does": """
+    "Megatron-LM's programs that generate text; use tools/generate.py": """
         --prompts --prompt-file --prompt-file-num-truncate --num-tokens-to-generate --temperature --top_k --top_p
         --return-log-probs --output-path --output-every-n-results --incoming-requests-per-sec --incoming-requests-per-step
         --termination-id""",
 }
 
-# The message that follows the flag in the error "`--flag` ...", for flags that belong to no feature; then the flags.
-OTHERWISE = {
+# End of the error "`--flag` ...", for flags that do not belong to a feature, -> flags.
+OTHER_MESSAGES = {
     "is not available yet; leave it out: the residual stream has the type of the weights": """
         --fp32-residual-connection --embedding-weights-in-fp32""",
-    "is not available; --recompute-granularity selective is that of core_attn, and full that of whole layers": """
+    "is not available; --recompute-granularity selective recomputes core_attn, and full recomputes whole layers": """
         --recompute-modules=core_attn""",
     "is not available: one seed gives the same weights on every data-parallel rank": "--data-parallel-random-init",
     "needs a private library; use --auto-resume": "--adlr-autoresume --adlr-autoresume-interval",
@@ -132,8 +132,8 @@ OTHERWISE = {
     "is not available: settings come from a TOML file, --config FILE": "--yaml-cfg",
 }
 
-# Values that Megatron-LM's flag takes and ours does not: the message that follows in the error "`--flag value` ...".
-VALUES = {
+# Values that only Megatron-LM's flag accepts: flag -> value -> end of the error "`--flag value` ...".
+REFUSED_VALUES = {
     "--tokenizer-type": {
         "TikTokenizer": "is not available; HuggingFaceTokenizer reads a tokenizer.json",
         "Llama2Tokenizer": "is not available; GPTSentencePieceTokenizer reads its tokenizer.model, HuggingFaceTokenizer its "

@@ -1,6 +1,6 @@
-"""Table of Megatron-LM's old flags, and of those that are two of ours: one row a flag, then the flags that replace it.
+"""Table of the flags of Megatron-LM that flags of other names replace here. Each row has a flag, then its replacement.
 
-VALUE is the word after the old flag; a flag without it takes none.
+VALUE stands for the value of the replaced flag. A flag whose row has no VALUE takes none.
 """
 
 RENAMED = """
