@@ -1,9 +1,10 @@
-"""Settings of batch sizes and of the length of a run, with the arithmetic of batch sizes that change.
+"""Settings of batch sizes and of the length of a run, and the arithmetic of batch sizes that change during a run.
 
-With `--rampup-batch-size START INCREMENT SAMPLES` the global batch begins with START samples and grows by INCREMENT at
-equal intervals over SAMPLES samples until it reaches `--global-batch-size`. With `--step-batch-size-schedule "0:SIZE
-TOKENS:SIZE ..."` it has each SIZE from that many trained tokens on. Its size is a function of the samples consumed so far, so
-a resumed run needs no other state. The arithmetic is that of Megatron-LM's num_microbatches_calculator.py.
+With `--rampup-batch-size START INCREMENT SAMPLES`, the global batch begins with START samples and grows by INCREMENT at equal
+intervals over SAMPLES samples, until it reaches `--global-batch-size`. With `--step-batch-size-schedule "0:SIZE TOKENS:SIZE
+..."`, each SIZE applies once the run has trained on the given number of TOKENS. The global batch size is a function of the
+number of consumed samples, so a resumed run needs no other state. The formulas are those of Megatron-LM's
+num_microbatches_calculator.py.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from megatron.config.errors import Problem
 from megatron.config.notation import BatchSizeSteps, parse_iteration_ranges, parse_steps
 from megatron.config.option import NOT_NEGATIVE, POSITIVE, SAMPLES, option
 
-STEPS = "batch.step_batch_size_schedule"
+STEP_SCHEDULE = "batch.step_batch_size_schedule"
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class BatchSettings:
 
     @property
     def iterations(self) -> int:
-        """Number of iterations to train; 0 for a run that trains nothing, and before a task has read its data."""
+        """Number of iterations to train; 0 for a run that does not train, and until a task has read its data."""
         return self.train_iters or 0
 
 
@@ -83,52 +84,52 @@ class BatchConfig(BatchSettings):
 
 
 def global_batch_size_at(batch: BatchSettings, consumed_samples: int) -> int:
-    """Return the global batch size of the iteration after `consumed_samples`. ValueError while it is not resolved."""
+    """Return the size of the global batch that follows `consumed_samples`. ValueError if it is not resolved yet."""
     return _round_down(batch, _scheduled_size(batch, consumed_samples))
 
 
 def final_batch_size(batch: BatchSettings) -> int:
-    """Return the global batch size after its last change, which is also that of an evaluation."""
+    """Return the global batch size after its last change. Evaluations use it too."""
     return _round_down(batch, _target_size(batch))
 
 
 def _scheduled_size(batch: BatchSettings, consumed_samples: int) -> int:
-    """Return the global batch size after `consumed_samples`, before it is rounded to what the ranks can share."""
-    full = _target_size(batch)
+    """Return the size of the global batch that follows `consumed_samples`, before it is rounded down to a multiple."""
+    target = _target_size(batch)
     if batch.batch_size_steps:
         return next(size for begin, size in reversed(_schedule_steps(batch)) if consumed_samples >= begin)
     if not batch.rampup_batch_size:
-        return full
+        return target
     start, increment, samples = batch.rampup_batch_size
-    steps = (full - start) // increment  # increments until the full size, at equal intervals of samples / steps
-    if steps == 0 or consumed_samples > samples:
-        return full
-    return min(full, start + int(consumed_samples / (samples / steps)) * increment) if samples else full
+    increments = (target - start) // increment  # at equal intervals of samples / increments
+    if increments == 0 or consumed_samples > samples:
+        return target
+    return min(target, start + int(consumed_samples / (samples / increments)) * increment) if samples else target
 
 
 def all_batch_sizes(batch: BatchSettings) -> list[int]:
     """Return every global batch size of the run, in order."""
-    full = _target_size(batch)
+    target = _target_size(batch)
     if batch.batch_size_steps:
         return [size for _, size in _schedule_steps(batch)]
     if not batch.rampup_batch_size:
-        return [_round_down(batch, full)]
+        return [_round_down(batch, target)]
     start, increment, _ = batch.rampup_batch_size
-    return [_round_down(batch, size) for size in range(start, full + 1, increment)]
+    return [_round_down(batch, size) for size in range(start, target + 1, increment)]
 
 
 def batch_size_phases(batch: BatchSettings, consumed: int = 0) -> Iterator[tuple[int | None, int]]:
-    """Yield the number of iterations and the global batch size of each phase of the run, from `consumed` samples on.
+    """Yield the number of iterations and the global batch size of each phase of the run that follows `consumed` samples.
 
-    A phase is a series of iterations of one size; those of a ramp-up are phases of their own. The number of the last phase is
-    None: it has no end.
+    In a phase, all iterations have the same global batch size. Each iteration of a ramp-up is yielded as a phase. The number of
+    iterations of the last phase is None, because it has no end.
     """
     if batch.batch_size_steps:
         for (_, size), (end, _) in pairwise(_schedule_steps(batch)):
             if consumed < end:
-                steps = -(-(end - consumed) // size)  # rounded up: the iteration that crosses the border has the old size
-                consumed += steps * size
-                yield steps, size
+                iterations = -(-(end - consumed) // size)  # rounded up: the iteration that crosses `end` has the old size
+                consumed += iterations * size
+                yield iterations, size
     elif batch.rampup_batch_size:
         while consumed <= batch.rampup_batch_size[2]:
             size = global_batch_size_at(batch, consumed)
@@ -138,24 +139,24 @@ def batch_size_phases(batch: BatchSettings, consumed: int = 0) -> Iterator[tuple
 
 
 def iterations_for(batch: BatchSettings, samples: int) -> int:
-    """Return the number of whole iterations in the first `samples` samples, as if no batch size had been rounded down.
+    """Return the number of whole iterations in the first `samples` samples.
 
-    So a run has the same length on any number of ranks.
+    Batch sizes are not rounded down for this, so that the length of a run does not depend on the number of ranks.
     """
     iterations = 0
-    for steps, size in batch_size_phases(replace(batch, batch_multiple=1)):
+    for phase_iterations, size in batch_size_phases(replace(batch, batch_multiple=1)):
         whole = samples // size
-        if steps is None or whole < steps:
+        if phase_iterations is None or whole < phase_iterations:
             return iterations + whole
-        iterations, samples = iterations + steps, samples - steps * size
+        iterations, samples = iterations + phase_iterations, samples - phase_iterations * size
     return iterations
 
 
 def samples_for(batch: BatchSettings, iterations: int) -> int:
-    """Return the number of samples in the first `iterations` iterations, as if no batch size had been rounded down."""
+    """Return the number of samples in the first `iterations` iterations. As in `iterations_for`, sizes are not rounded down."""
     samples = 0
-    for steps, size in batch_size_phases(replace(batch, batch_multiple=1)):
-        taken = iterations if steps is None else min(steps, iterations)
+    for phase_iterations, size in batch_size_phases(replace(batch, batch_multiple=1)):
+        taken = iterations if phase_iterations is None else min(phase_iterations, iterations)
         iterations, samples = iterations - taken, samples + taken * size
         if not iterations:
             break
@@ -163,18 +164,18 @@ def samples_for(batch: BatchSettings, iterations: int) -> int:
 
 
 def _schedule_steps(batch: BatchSettings) -> BatchSizeSteps:
-    """Return the pairs that `batch_size_steps` holds in one row, since a saved configuration nests no lists."""
+    """Return `batch_size_steps` as pairs. The field itself is flat, because saved configurations do not nest lists."""
     numbers = batch.batch_size_steps
     return tuple(zip(numbers[::2], numbers[1::2], strict=True))
 
 
 def _round_down(batch: BatchSettings, size: int) -> int:
-    """Round a global batch size down to what the ranks can share, if --decrease-batch-size-if-needed is on."""
+    """Round a global batch size down to a multiple of `batch_multiple`, which is 1 without --decrease-batch-size-if-needed."""
     return size - size % batch.batch_multiple
 
 
 def _target_size(batch: BatchSettings) -> int:
-    """Return the size of --global-batch-size, with which a ramp-up or a schedule ends."""
+    """Return --global-batch-size, which is the last size of a ramp-up or a schedule. ValueError if it is not resolved yet."""
     if batch.global_batch_size is None:
         raise ValueError("the global batch size is not resolved yet")
     return batch.global_batch_size
@@ -193,23 +194,24 @@ def derive_batch(batch: BatchSettings, dp: int | None, seq_length: int | None) -
         batch = replace(batch, global_batch_size=batch.batch_size_steps[-1])
     if batch.global_batch_size is None and batch.micro_batch_size is not None and dp is not None:
         batch = replace(batch, global_batch_size=batch.micro_batch_size * dp)
-    # Recorded, so that the size at any point follows from the settings alone, without the number of ranks.
+    # The multiple is stored, so that the batch size at any point can be computed without the number of ranks.
     multiple = (batch.micro_batch_size or 1) * (dp or 1) if batch.decrease_batch_size_if_needed else 1
     batch = replace(batch, batch_multiple=max(1, multiple))
     size, ramp = batch.global_batch_size, batch.rampup_batch_size
-    # A ramp-up that a rule will refuse must not be counted through: it may never end.
-    sound = size is not None and size > 0 and (not ramp or (len(ramp) == 3 and min(ramp) > 0 and ramp[0] <= size))
-    if batch.train_iters is None and batch.train_samples is not None and sound:
+    # The iterations of an illegal ramp-up, which a rule will report, must not be counted: the loop may never end.
+    is_legal = size is not None and size > 0 and (not ramp or (len(ramp) == 3 and min(ramp) > 0 and ramp[0] <= size))
+    if batch.train_iters is None and batch.train_samples is not None and is_legal:
         batch = replace(batch, train_iters=iterations_for(batch, batch.train_samples))
     return batch
 
 
 def _parse_schedule(batch: BatchSettings, seq_length: int | None) -> tuple[int, ...]:
+    """Return `batch_size_steps` for --step-batch-size-schedule; empty if it is not given, or other settings are wrong."""
     if not batch.step_batch_size_schedule or batch.rampup_batch_size or not seq_length or seq_length < 1:
         return ()
     try:
         return tuple(chain(*parse_steps(batch.step_batch_size_schedule, seq_length)))
-    except ValueError:  # which `step_sizes` reports
+    except ValueError:  # reported by `step_sizes`
         return ()
 
 
@@ -219,9 +221,9 @@ def micro_batch_given(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def run_length_given(c: ConfigCheck) -> Iterator[Problem]:
-    """Pretraining has a length, --train-iters or --train-samples."""
-    open_length = c["batch.train_samples"] is None and "batch.train_samples" not in c.invalid
-    if not c["eval.skip_train"] and open_length and not c.is_set("task.epochs"):  # `no_task` reports epochs
+    """A pretraining run that trains is given its length, by --train-iters or --train-samples."""
+    no_samples = c["batch.train_samples"] is None and "batch.train_samples" not in c.invalid
+    if not c["eval.skip_train"] and no_samples and not c.is_set("task.epochs"):  # `no_task` reports epochs
         yield from missing(c, ["batch.train_iters"], " (or `--train-samples`)")
 
 
@@ -229,7 +231,7 @@ def global_batch(c: ConfigCheck) -> Iterator[Problem]:
     """The global batch divides into whole micro-batches over the data-parallel ranks."""
     micro, size = c["batch.micro_batch_size"], c["batch.global_batch_size"]
     decreased = c["batch.decrease_batch_size_if_needed"] and size and size >= c["batch.batch_multiple"]
-    if decreased or c["batch.step_batch_size_schedule"]:  # `step_sizes` checks those of a schedule
+    if decreased or c["batch.step_batch_size_schedule"]:  # `step_sizes` checks the sizes of a schedule
         return
     if micro and size and c.dp and size % (micro * c.dp):
         rule = f"is not divisible by `--micro-batch-size {micro}` x {c.dp} data-parallel ranks = {micro * c.dp}"
@@ -252,7 +254,7 @@ def ramp_up(c: ConfigCheck) -> Iterator[Problem]:
     if size is None or "batch.global_batch_size" in c.invalid:
         return
     if not c.is_set("batch.global_batch_size"):
-        # Its default is one micro-batch per rank, which nobody means by a ramp-up.
+        # The default, one micro-batch per rank, makes no sense as the end of a ramp-up.
         yield Problem(what, "needs `--global-batch-size`, the size at its end")
     elif ramp[0] > size or (size - ramp[0]) % ramp[1]:
         yield Problem(what, f"does not reach `--global-batch-size {size}` from {ramp[0]} in steps of {ramp[1]}")
@@ -266,7 +268,7 @@ def ramp_up(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def some_training(c: ConfigCheck) -> Iterator[Problem]:
-    """The samples to train make at least one global batch."""
+    """--train-samples is at least one global batch."""
     samples, size, ramp = c["batch.train_samples"], c["batch.global_batch_size"], c["batch.rampup_batch_size"]
     if not samples or not size or (ramp and (len(ramp) != 3 or min(ramp) <= 0)):
         return
@@ -275,35 +277,35 @@ def some_training(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def step_sizes(c: ConfigCheck) -> Iterator[Problem]:
-    """A schedule of batch sizes excludes other settings of them, and each of its sizes divides into whole micro-batches.
+    """A schedule of batch sizes excludes other settings of batch sizes, and its sizes divide into whole micro-batches.
 
-    The sizes of a run that may be resumed are checked by `rules.divisible_remaining_sizes`, once it is known where it stands.
+    If the run may resume, `rules.divisible_remaining_sizes` checks the sizes instead, once the consumed samples are known.
     """
     seq_length, micro = c["data.seq_length"], c["batch.micro_batch_size"]
-    if not c[STEPS] or STEPS in c.invalid:
+    if not c[STEP_SCHEDULE] or STEP_SCHEDULE in c.invalid:
         return
-    what = c.flag_text(STEPS)
+    what = c.flag_text(STEP_SCHEDULE)
     for other in ("batch.rampup_batch_size", "batch.decrease_batch_size_if_needed"):
         if c[other]:
-            yield Problem(c.flag_text(STEPS, other), "exclude each other; give one of them")
+            yield Problem(c.flag_text(STEP_SCHEDULE, other), "exclude each other; give one of them")
             return
     if seq_length is None:  # reported by `sample_length_given`
         return
     try:
-        sizes = [size for _, size in parse_steps(c[STEPS], seq_length)]
+        sizes = [size for _, size in parse_steps(c[STEP_SCHEDULE], seq_length)]
     except ValueError as error:
         yield Problem(what, str(error))
         return
     size = c.raw.batch.global_batch_size
     if size is not None and size != sizes[-1]:
-        rule = "exclude each other: the schedule says every size, and its last one is the global batch size"
+        rule = "exclude each other: the schedule sets every size, and its last one is the global batch size"
         yield Problem(f"{what} and `--global-batch-size {size}`", rule)
     elif micro and c.dp and c["checkpoint.load"] is None and not c["checkpoint.auto_resume"]:
         yield from divisible_batch_sizes(what, sizes, micro, c.dp)
 
 
 def divisible_batch_sizes(what: str, sizes: list[int], micro: int, dp: int) -> Iterator[Problem]:
-    """Yield a problem when some global batch sizes do not divide into whole micro-batches over the ranks.
+    """Yield a problem if some global batch sizes do not divide into whole micro-batches over the data-parallel ranks.
 
     Args:
         what: the setting that gives the sizes, for the message.
@@ -328,7 +330,7 @@ def skipped_iterations(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def stop_file(c: ConfigCheck) -> Iterator[Problem]:
-    """A stop file can be created and removed."""
+    """The stop file does not exist as a directory, and files in its directory can be created and removed."""
     if (name := c["batch.stop_file"]) is None:
         return
     path = Path(name).absolute()
@@ -337,14 +339,14 @@ def stop_file(c: ConfigCheck) -> Iterator[Problem]:
     elif not os.path.isdir(path.parent):
         yield Problem(c.flag_text("batch.stop_file"), f"can never appear: there is no directory {path.parent}")
     elif not os.access(path.parent, os.W_OK | os.X_OK):
-        yield Problem(c.flag_text("batch.stop_file"), f"could not be seen and removed: permission denied in {path.parent}")
+        yield Problem(c.flag_text("batch.stop_file"), f"cannot be removed: permission denied in {path.parent}")
 
 
 def remarks(c: ConfigCheck) -> Iterator[str]:
-    """Yield a remark when --decrease-batch-size-if-needed has rounded the global batch size down."""
-    full, multiple = c["batch.global_batch_size"], c["batch.batch_multiple"]
-    if full is not None and (rest := full % multiple):
-        yield f"the global batch has {full - rest} samples, not {full}: the ranks share multiples of {multiple}"
+    """Yield a remark if --decrease-batch-size-if-needed has rounded the global batch size down."""
+    size, multiple = c["batch.global_batch_size"], c["batch.batch_multiple"]
+    if size is not None and (rest := size % multiple):
+        yield f"the global batch has {size - rest} samples, not {size}: it must be a multiple of {multiple}"
 
 
 RULES = Rules(

@@ -1,4 +1,4 @@
-"""The view of a configuration that rules are given, and the checks that rules of several sections share."""
+"""The view of a configuration that rules take, and checks that the rules of several sections share."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ from megatron.config.option import Option
 
 @dataclass(frozen=True)
 class ConfigCheck:
-    """A configuration that is being checked. `c["section.field"]` is a setting's resolved value.
+    """View of a configuration that is being checked. `c["section.field"]` is the resolved value of a setting.
 
     Attributes:
         raw: the `RunSettings` as the user gave them.
-        resolved: the same with derived settings filled in, as far as they follow from the others.
+        resolved: the same settings, with derived ones filled in as far as possible.
         world_size: number of ranks.
         dp: number of data-parallel ranks; None when the layout does not fit the world size.
         options: all options, by `section.field`.
-        derive: fills in derived settings for a number of ranks.
-        invalid: settings that already have a problem, by `section.field`.
-        planning: this is a dry run, which may leave out what a run reads from the disk.
+        derive: function that fills in derived settings for a number of ranks.
+        invalid: names, `section.field`, of settings for which a problem has been reported.
+        planning: the command is a dry run, which may leave out settings that name input files.
     """
 
-    # Not typed as RunSettings: the schema imports the sections, whose rules import this file.
-
+    # `raw` and `resolved` are RunSettings. Their type is Any because schema.py imports the sections, which import this file.
     raw: Any
     resolved: Any
     world_size: int
@@ -42,7 +41,7 @@ class ConfigCheck:
         return self.options[name].flag
 
     def flag_text(self, *names: str) -> str:
-        """Return the settings as flags with their resolved values: `--a 1` and `--b 2`."""
+        """Return the settings as flags with their resolved values, for messages: `--a 1` and `--b 2`."""
         parts = [self.options[name].text(self[name]) for name in names]
         return " and ".join(parts) if len(parts) < 3 else ", ".join(parts[:-1]) + " and " + parts[-1]
 
@@ -57,11 +56,11 @@ class ConfigCheck:
 
     @property
     def iterations_chosen(self) -> bool:
-        """True when --train-iters was set to something else than what follows from --train-samples."""
-        # A resolved run that is checked again, or a saved one, has train_iters beside the samples that it follows from.
-        chosen = self.raw.batch.train_iters
+        """True if the user gave --train-iters, rather than that it was derived from --train-samples."""
+        # `raw` may be a resolved or a saved configuration, in which train_iters has been derived before.
+        train_iters = self.raw.batch.train_iters
         without = dataclasses.replace(self.raw, batch=dataclasses.replace(self.raw.batch, train_iters=None))
-        return chosen is not None and chosen != self.derive(without, self.world_size).batch.train_iters
+        return train_iters is not None and train_iters != self.derive(without, self.world_size).batch.train_iters
 
 
 Rule = Callable[[ConfigCheck], Iterator[Problem]]
@@ -71,15 +70,15 @@ Rule = Callable[[ConfigCheck], Iterator[Problem]]
 class Rules:
     """The rules of one section.
 
-    A rule yields its problems. It ignores settings that are missing or out of their range, which other rules report, so that
-    each mistake is reported once. The docstring of a rule states what a legal configuration fulfils.
+    A rule is a function that yields problems. It ignores settings that are missing or out of range, which are reported
+    elsewhere, so that each mistake is reported once. The docstring of a rule states the property of a legal configuration.
 
     Attributes:
         every_run: rules of pretraining and of tasks that do not touch the disk.
         pretraining: further rules of pretraining that do not touch the disk.
         tasks: further rules of tasks/main.py that do not touch the disk.
-        disk: rules that look at files.
-        remarks: functions that yield a line for each setting that was given and has no effect.
+        disk: rules that look at files and directories.
+        remarks: functions that yield lines for the user, mostly on settings that have no effect.
     """
 
     every_run: tuple[Rule, ...] = ()
@@ -95,7 +94,7 @@ def missing(c: ConfigCheck, names: Sequence[str], other: str = "") -> Iterator[P
     Args:
         c: the configuration.
         names: the settings, by `section.field`.
-        other: alternative that could be given instead, for the message.
+        other: text after the flag in the message, on an alternative to it.
     """
     for name in names:
         if c[name] in (None, ()) and name not in c.invalid:
@@ -103,7 +102,7 @@ def missing(c: ConfigCheck, names: Sequence[str], other: str = "") -> Iterator[P
 
 
 def needs(c: ConfigCheck, names: Collection[str], other: str) -> Iterator[Problem]:
-    """Yield a problem for each of these settings that is set without the one that it depends on.
+    """Yield a problem for each of these settings that is set although the one that it depends on is not.
 
     Args:
         c: the configuration.
@@ -116,13 +115,13 @@ def needs(c: ConfigCheck, names: Collection[str], other: str) -> Iterator[Proble
 
 
 def exclusive(c: ConfigCheck, *names: str) -> Iterator[Problem]:
-    """Yield a problem when all of these settings are on."""
+    """Yield a problem if all of these settings are on."""
     if all(c[name] for name in names):
         yield Problem(c.flag_text(*names), "exclude each other; give one of them")
 
 
 def divisors(n: int, limit: int = 8) -> str:
-    """Return the `limit` smallest divisors of n as text."""
-    # n is what a user typed, and trial division of a huge number would not end.
+    """Return the `limit` smallest divisors of n as text; empty if n is greater than 65,536."""
+    # n comes from the command line, and trial division of a huge number would take too long.
     found = [d for d in range(1, n + 1) if n % d == 0] if n <= 65536 else []
     return ", ".join(map(str, found[:limit])) + (", ..." if len(found) > limit else "")

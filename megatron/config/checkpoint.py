@@ -1,4 +1,4 @@
-"""Settings of checkpoints: where a run saves its state, and where it loads it from."""
+"""Settings of checkpoints: when and where a run saves its state, and which checkpoint it starts from."""
 
 from __future__ import annotations
 
@@ -64,15 +64,15 @@ class CheckpointConfig:
     )
     keep_last: int | None = option(None, "number of newest checkpoints to keep (default: all)", legal=POSITIVE)
     keep_every: int | None = option(
-        None, "keep checkpoints of iterations that are multiples of this, whatever --keep-last says", legal=POSITIVE
+        None, "keep checkpoints of iterations that are multiples of this, in addition to --keep-last", legal=POSITIVE
     )
 
 
 def starts_fresh(checkpoint: CheckpointConfig) -> bool:
-    """Return whether --load is the directory of --save and is still empty, so that this is the first start of a run.
+    """Return whether this is the first start of a run: --load and --save are one directory, which contains no checkpoint yet.
 
-    Megatron-LM's scripts give `--save C --load C` at every start. False if the checkpoint must exist: with --finetune, with
-    --load-iteration, and with --exit-on-missing-checkpoint.
+    Megatron-LM's scripts give `--save C --load C` at every start. The result is False if the checkpoint must exist: with
+    --finetune, --load-iteration or --exit-on-missing-checkpoint.
     """
     if not same_directory(checkpoint.load, checkpoint.save) or checkpoint.exit_on_missing_checkpoint:
         return False
@@ -86,7 +86,7 @@ def starts_fresh(checkpoint: CheckpointConfig) -> bool:
 
 
 def checkpoint_companions(c: ConfigCheck) -> Iterator[Problem]:
-    """Settings of saving and loading need --save and --load, and checkpoints in --save are resumed or overwritten, not both."""
+    """Settings of saving need --save, those of loading need --load, and --auto-resume excludes --overwrite."""
     saving = ("auto_resume", "keep_last", "keep_every", "save_interval_mins", "async_save", "on_save_error", "overwrite")
     yield from needs(c, [f"checkpoint.{name}" for name in saving], "checkpoint.save")
     loading = ("finetune", "load_iteration", "use_checkpoint_args")
@@ -95,16 +95,16 @@ def checkpoint_companions(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def saving(c: ConfigCheck) -> Iterator[Problem]:
-    """A run with --save has an interval of saving."""
+    """A run with --save has an interval between checkpoints."""
     intervals = ("checkpoint.save_interval", "checkpoint.save_interval_mins")
     if c.is_set("checkpoint.save") and all(c[name] is None and name not in c.invalid for name in intervals):
         yield Problem(c.flag_text("checkpoint.save"), "needs `--save-interval` or `--save-interval-mins`")
 
 
 def load_directory(c: ConfigCheck) -> Iterator[Problem]:
-    """--load, or --pretrained-checkpoint, names a directory that holds a finished checkpoint of the requested iteration.
+    """--load, or --pretrained-checkpoint, names a directory that contains a finished checkpoint of the requested iteration.
 
-    train/resume.py chooses the iteration when none is requested, and verifies the files.
+    If no iteration is requested, any finished checkpoint will do. train/resume.py chooses one, and verifies its files.
     """
     if c["checkpoint.load"] is None or may_start_empty(c):
         return
@@ -112,39 +112,39 @@ def load_directory(c: ConfigCheck) -> Iterator[Problem]:
     # A task puts --pretrained-checkpoint in the place of --load; name the flag that the user gave.
     pretrained = c["task.pretrained_checkpoint"] == c["checkpoint.load"]
     what = c.flag_text("task.pretrained_checkpoint" if pretrained else "checkpoint.load")
-    fresh = "; leave out --load to start from new weights, or use --auto-resume to go on from --save where there is something"
+    advice = "; leave out --load to start from new weights, or use --auto-resume to resume from --save if it has checkpoints"
     if c["task.task"] is not None:
-        fresh = ""  # a task evaluates or fine-tunes a model, and cannot start from scratch
+        advice = ""  # a task evaluates or fine-tunes a model, and cannot start from scratch
     if not os.path.isdir(root):
-        yield Problem(what, _describe_missing(root, fresh))
+        yield Problem(what, _describe_missing(root, advice))
         return
     try:
         empty, present = next(os.scandir(root), None) is None, list_iterations(root)
-        other = None if os.path.exists(root / MANIFEST) or has_finished_checkpoint(root) else recognize_directory(root)
+        foreign = None if os.path.exists(root / MANIFEST) or has_finished_checkpoint(root) else recognize_directory(root)
     except OSError as error:
         yield Problem(what, f"cannot be read: {error.strerror}")
         return
     if empty:
-        yield Problem(what, "is an empty directory" + fresh)
-    elif other is not None:
-        yield Problem(what, f"is {other}")
-    elif os.path.exists(root / MANIFEST):  # a single checkpoint, not a directory of them
-        own = re.fullmatch(r"iter_(\d+)", root.resolve().name)
-        if own and requested is not None and requested != int(own[1]):
+        yield Problem(what, "is an empty directory" + advice)
+    elif foreign is not None:
+        yield Problem(what, f"is {foreign}")
+    elif os.path.exists(root / MANIFEST):  # one checkpoint, rather than a directory that contains several
+        match = re.fullmatch(r"iter_(\d+)", root.resolve().name)
+        if match and requested is not None and requested != int(match[1]):
             yield Problem(f"{what} and {c.flag_text('checkpoint.load_iteration')}", "name different iterations")
     else:
-        yield from _missing_iteration(c, what, root, present, fresh)
+        yield from _missing_iteration(c, what, root, present, advice)
 
 
-def _missing_iteration(c: ConfigCheck, what: str, root: Path, present: list[int], fresh: str) -> Iterator[Problem]:
-    """Yield a problem when a directory of checkpoints has none that is finished, or not the requested one.
+def _missing_iteration(c: ConfigCheck, what: str, root: Path, present: list[int], advice: str) -> Iterator[Problem]:
+    """Yield a problem if a directory of checkpoints lacks the requested iteration, or any finished checkpoint.
 
     Args:
         c: the configuration.
         what: the setting that names the directory, for the message.
         root: the directory.
-        present: iterations in it, finished or not.
-        fresh: advice that is appended when there is nothing to load.
+        present: iterations of the checkpoints in the directory, finished or not.
+        advice: text that is appended if the directory contains nothing to load.
     """
     requested = c["checkpoint.load_iteration"]
     finished = [number for number in present if os.path.exists(root / f"iter_{number:07d}" / MANIFEST)]
@@ -152,33 +152,33 @@ def _missing_iteration(c: ConfigCheck, what: str, root: Path, present: list[int]
         listed = ", ".join(map(str, present[-8:])) or "none"
         yield Problem(c.flag_text("checkpoint.load_iteration"), f"is not in {root}", listed)
     elif not present:
-        yield Problem(what, f"holds no checkpoint: neither {MANIFEST} nor an iter_ directory" + fresh)
+        yield Problem(what, f"holds no checkpoint: neither {MANIFEST} nor an iter_ directory" + advice)
     elif requested is not None and requested not in finished:
         missing = root / f"iter_{requested:07d}" / MANIFEST
         legal = ", ".join(map(str, finished[-8:])) or "none"
         yield Problem(what, f"is not finished: {missing} does not exist; choose another with --load-iteration", legal)
     elif not finished:
-        yield Problem(what, f"holds no finished checkpoint: none of its iter_ directories has a {MANIFEST}" + fresh)
+        yield Problem(what, f"holds no finished checkpoint: none of its iter_ directories has a {MANIFEST}" + advice)
 
 
-def _describe_missing(root: Path, fresh: str) -> str:
-    """Return the mistake in a --load that is not a directory; `fresh` is advice that is appended if there is no other."""
+def _describe_missing(root: Path, advice: str) -> str:
+    """Return the mistake in a --load that is not a directory, with `advice` at the end if the kind of file is not known."""
     nearby = "" if os.path.lexists(root) else suggest_paths(root)
-    found = None if nearby.startswith("; near it") else recognize(root)
+    kind = None if nearby.startswith("; near it") else recognize(root)
     if os.path.exists(root):
-        return f"is a file, {found}" if found else f"is a file; a checkpoint is a directory{fresh}"
+        return f"is a file, {kind}" if kind else f"is a file; a checkpoint is a directory{advice}"
     if os.path.islink(root):
-        return f"is a link to {os.readlink(root)}, which does not exist{fresh}"
-    return f"is {found}" if found else f"does not exist{nearby}{fresh}"
+        return f"is a link to {os.readlink(root)}, which does not exist{advice}"
+    return f"is {kind}" if kind else f"does not exist{nearby}{advice}"
 
 
 def has_finished_checkpoint(root: Path) -> bool:
-    """Return whether a directory holds a finished checkpoint."""
+    """Return whether a directory contains at least one finished checkpoint."""
     return any(os.path.exists(root / f"iter_{number:07d}" / MANIFEST) for number in list_iterations(root))
 
 
 def may_start_empty(c: ConfigCheck) -> bool:
-    """Return whether --load may be empty: at the first start of a run that trains. Others would evaluate random weights."""
+    """Return whether --load may be empty, as at the first start of a training run. An evaluation would use random weights."""
     return starts_fresh(c.resolved.checkpoint) and not c["eval.skip_train"] and c["task.task"] is None
 
 

@@ -1,4 +1,4 @@
-"""Settings of the data, from indexed datasets to micro-batches."""
+"""Settings of the data: indexed datasets, samples and micro-batches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PATHS = ("data.data_path", "data.train_data_path", "data.valid_data_path", "data
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Data, from indexed datasets to micro-batches."""
+    """Data: indexed datasets, samples and micro-batches."""
 
     data_path: tuple[str, ...] = option((), "indexed datasets: PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ... for a blend")
     train_data_path: tuple[str, ...] = option((), "indexed datasets for training, instead of a share of --data-path")
@@ -34,7 +34,7 @@ class DataSettings:
         metavar="FILE",
     )
     mock_data: bool = option(
-        False, "use synthetic samples that follow from --seed, instead of data; for trying out and timing a run"
+        False, "use synthetic samples, generated from --seed, instead of data; for trying out and timing a run"
     )
     split: str = option("969,30,1", "proportions of documents for training, validation and testing")
     data_cache_path: str | None = option(None, "directory for sample indices (default: `cache` beside the data)")
@@ -49,7 +49,7 @@ class DataSettings:
     reset_attention_mask: bool = option(False, "do not attend across an end-of-document token")
     mask_prob: float = option(0.15, "BERT: share of the tokens that are masked and predicted", legal=BETWEEN_0_AND_1)
     short_seq_prob: float = option(0.1, "BERT: probability that a sample is shorter than --seq-length", legal=FROM_0_TO_1)
-    eod_mask_loss: bool = option(False, "leave out of the loss what is predicted from an end-of-document token")
+    eod_mask_loss: bool = option(False, "exclude predictions at an end-of-document token from the loss")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ def shortest_pair(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def split(c: ConfigCheck) -> Iterator[Problem]:
-    """--split is one to three shares, none negative, not all zero."""
+    """--split consists of one to three shares, of which none is negative and not all are zero."""
     try:
         split_shares(c["data.split"])
     except ValueError:
@@ -80,45 +80,46 @@ def split(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def data_paths(c: ConfigCheck) -> Iterator[Problem]:
-    """Data comes from --data-path, from one flag for each split, or is synthetic; blends have a weight for each dataset."""
-    own = [n for n in ("data.train_data_path", "data.valid_data_path", "data.test_data_path") if c[n]]
-    given = [n for n in ("data.data_path", *own) if c[n]]
+    """Data comes from --data-path, from one flag for each split, or is synthetic; a blend has a weight for each dataset."""
+    split_flags = [n for n in ("data.train_data_path", "data.valid_data_path", "data.test_data_path") if c[n]]
+    given = [n for n in ("data.data_path", *split_flags) if c[n]]
     if c["data.mock_data"] and given:
         yield Problem(
             f"`--mock-data` and {c.flag_text(given[0])}", "exclude each other: the samples are synthetic, or read from files"
         )
-    elif c["data.data_path"] and own:
+    elif c["data.data_path"] and split_flags:
         yield Problem(
-            f"`--data-path` and `{c.flag(own[0])}`",
+            f"`--data-path` and `{c.flag(split_flags[0])}`",
             "exclude each other: the first is divided by --split, the second is one split",
         )
     elif not given and not c["data.mock_data"] and not c.planning:
         yield from missing(c, ["data.data_path"])
     for name in given:
-        if fault := blend_error(c[name]):
-            yield Problem(c.flag_text(name), fault)
+        if error := blend_error(c[name]):
+            yield Problem(c.flag_text(name), error)
 
 
 def blend_error(words: Sequence[str]) -> str | None:
-    """Return the mistake in the words of a --data-path; None when there is none."""
+    """Return the mistake in the words after --data-path; None if there is none."""
     if prefixes(words) is None:
         return "mixes weights and prefixes; several datasets are WEIGHT PREFIX WEIGHT PREFIX ... or PREFIX PREFIX ..."
-    if light := [w for w in words[::2] if len(words) > 1 and (weight := parse_number(w)) is not None and not 0 < weight < inf]:
-        return f"has the weight {light[0]}; weights are greater than 0: leave the dataset out instead"
+    weights = [] if len(words) == 1 else [word for word in words[::2] if parse_number(word) is not None]
+    if wrong := [word for word in weights if not 0 < float(word) < inf]:
+        return f"has the weight {wrong[0]}; weights are greater than 0: leave the dataset out instead"
     return None
 
 
 def prefixes(words: Sequence[str]) -> list[str] | None:
-    """Return the dataset prefixes of a --data-path; None when it is neither prefixes alone nor a weight before each."""
-    # A prefix may look like a number, so only an even count of words with a number in each first place is a blend.
-    weights = [parse_number(word) is not None for word in words[::2]]
-    if len(words) % 2 or not any(weights):
+    """Return the dataset prefixes among the words after --data-path; None if it mixes prefixes with and without weights."""
+    # A prefix may look like a number, so a blend must have a number before every prefix.
+    is_weight = [parse_number(word) is not None for word in words[::2]]
+    if len(words) % 2 or not any(is_weight):
         return None if len(words) > 1 and any(parse_number(word) is not None for word in words) else list(words)
-    return list(words[1::2]) if all(weights) else None
+    return list(words[1::2]) if all(is_weight) else None
 
 
 def parse_number(word: str) -> float | None:
-    """Return a word as a number; None when it is not one."""
+    """Convert a word to a number; None if it is not one."""
     try:
         return float(word)
     except ValueError:
@@ -126,7 +127,7 @@ def parse_number(word: str) -> float | None:
 
 
 def datasets(c: ConfigCheck) -> Iterator[Problem]:
-    """The files .bin and .idx of every prefix can be read."""
+    """The files PREFIX.bin and PREFIX.idx of every dataset can be read."""
     for name in PATHS:
         for prefix in prefixes(c[name]) or ():
             level = "sentence" if c["model.architecture"] == "bert" else "document"
@@ -134,18 +135,18 @@ def datasets(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def missing_dataset(what: str, prefix: str, level: str = "document") -> Iterator[Problem]:
-    """Yield a problem when the files of a dataset cannot be read.
+    """Yield the problems with the files of a dataset, if they cannot be read.
 
     Args:
-        what: the setting that names it, for the message.
-        prefix: the prefix, or one of its two files.
-        level: "sentence" or "document", the end of the names that preprocessing gives for this program.
+        what: the setting that names the dataset, for messages.
+        prefix: the dataset's prefix, or one of its two files.
+        level: "sentence" or "document", with which preprocessing ends the prefixes of datasets for this program.
     """
     if prefix.endswith((".bin", ".idx")):
         prefix = prefix[:-4]
     files = [Path(prefix + ending) for ending in (".bin", ".idx")]
     wrong = [(path, why) for path in files if (why := reason_unreadable(path))]
-    # Neither file exists: most likely the prefix is misspelled, or lacks the end that preprocessing has added.
+    # If neither file exists, the prefix is probably misspelled, or lacks the suffix that preprocessing has added.
     if len(wrong) == 2 and not any(os.path.exists(path) for path in files):
         folder = files[0].parent
         names = sorted(p.name[:-4] for p in folder.glob("*.idx")) if os.access(folder, os.R_OK | os.X_OK) else None
@@ -154,7 +155,7 @@ def missing_dataset(what: str, prefix: str, level: str = "document") -> Iterator
         yield Problem(what, f"names no dataset: {prefix}.bin and {prefix}.idx do not exist{hint}")
         return
     for path, why in wrong:
-        yield Problem(what, f"is no dataset: {path} {why.split(';')[0] if why.startswith('does not exist') else why}")
+        yield Problem(what, f"is not a dataset: {path} {why.split(';')[0] if why.startswith('does not exist') else why}")
 
 
 RULES = Rules(every_run=(sample_length_given, shortest_pair), pretraining=(split, data_paths), disk=(datasets,))

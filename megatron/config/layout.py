@@ -1,4 +1,4 @@
-"""Settings of the parallel layout, the sizes of the mesh's axes. The rules of the pipeline's flags are in `pipeline.py`."""
+"""Settings of the parallel layout: the sizes of the mesh's axes. The rules for the pipeline's flags are in `pipeline.py`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron.pipeline.schedules.schedule import DEFAULT_SCHEDULE, DEFAULT_WITH_
 
 @dataclass(frozen=True)
 class LayoutSettings:
-    """Parallel layout. Data parallelism takes the ranks that the other axes leave."""
+    """Parallel layout. The data-parallel size is the world size divided by the sizes of the other axes."""
 
     tensor_model_parallel_size: int = option(
         1, "tensor-parallel ranks (tp), which share each layer; keep them within a node", legal=POSITIVE
@@ -85,22 +85,22 @@ class LayoutSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutConfig(LayoutSettings):
-    """Parallel layout of a run, with its schedule."""
+    """Resolved parallel layout of a run, with its pipeline schedule."""
 
     pipeline_schedule: str = field()
 
 
 def data_parallel_size(layout: LayoutSettings, world_size: int) -> int | None:
-    """Return the number of data-parallel ranks, what the other axes leave; None when they do not divide the world size."""
-    model = layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size * layout.context_parallel_size
-    return world_size // model if model > 0 and world_size >= model and world_size % model == 0 else None
+    """Return the world size divided by the sizes of the other axes; None if they do not divide it."""
+    replica = layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size * layout.context_parallel_size
+    return world_size // replica if replica > 0 and world_size >= replica and world_size % replica == 0 else None
 
 
 def tensor_split(c: ConfigCheck) -> Iterator[Problem]:
-    """Heads, query groups and MLP width divide over the tensor-parallel ranks; with sequence parallelism the sequence, too."""
+    """Heads, query groups, MLP width and, with --sequence-parallel, the sequence are divisible by the tensor-parallel size."""
     tp = c["layout.tensor_model_parallel_size"]
     names = ["model.num_attention_heads", "model.ffn_hidden_size"]
-    if c.is_set("model.num_query_groups"):  # else they are as many as the heads
+    if c.is_set("model.num_query_groups"):  # by default, there are as many groups as heads
         names.append("model.num_query_groups")
     if c["layout.sequence_parallel"]:
         names.append("data.seq_length")
@@ -112,28 +112,28 @@ def tensor_split(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def world_size(c: ConfigCheck) -> Iterator[Problem]:
-    """The axes other than data parallelism divide the world size."""
+    """The world size is divisible by the product of the axes other than data parallelism."""
     names = ["layout.tensor_model_parallel_size", "layout.pipeline_model_parallel_size", "layout.context_parallel_size"]
     if c.dp is None and c.world_size > 0 and not c.invalid & set(names):
         sizes = [name for name in names if c[name] != 1]
         size = c[names[0]] * c[names[1]] * c[names[2]]
-        of = f" = {size}" if len(sizes) > 1 else ""
+        product = f" = {size}" if len(sizes) > 1 else ""
         ranks = fitting_ranks(c, size)
         legal = f"multiples of {size}" + (f", such as {ranks}" if ranks else "") + (" (--world-size)" if c.planning else "")
-        yield Problem(f"world size {c.world_size}", f"is not divisible by {c.flag_text(*sizes)}{of}", legal, ranks)
+        yield Problem(f"world size {c.world_size}", f"is not divisible by {c.flag_text(*sizes)}{product}", legal, ranks)
 
 
 def fitting_ranks(c: ConfigCheck, size: int) -> int:
-    """Return a number of ranks that model and batch divide over, the nearest to the world size; 0 when none is found.
+    """Return the number of ranks nearest to the world size that fits the layout and the batch; 0 if none is found.
 
-    Fewer ranks than the world has are preferred to more.
+    Smaller numbers are tried before larger ones.
 
     Args:
         c: the configuration.
-        size: number of ranks that one replica of the model takes.
+        size: number of ranks of one replica of the model.
     """
-    nearest = max(1, c.world_size // size)
-    for replicas in (*range(nearest, 0, -1), *range(nearest + 1, nearest + 65)):
+    most = max(1, c.world_size // size)  # replicas for which there are enough ranks
+    for replicas in (*range(most, 0, -1), *range(most + 1, most + 65)):
         resolved = c.derive(c.raw, size * replicas)  # the default global batch size depends on the number of ranks
         other = dataclasses.replace(c, resolved=resolved, world_size=size * replicas, dp=replicas)
         if not [*global_batch(other), *ramp_up(other)]:
@@ -142,32 +142,32 @@ def fitting_ranks(c: ConfigCheck, size: int) -> int:
 
 
 def context_split(c: ConfigCheck) -> Iterator[Problem]:
-    """The sequence divides into two chunks per context-parallel rank, and these over sequence parallelism."""
+    """The sequence divides into two chunks per context-parallel rank, and each rank's part over sequence parallelism."""
     cp, tp, seq = c["layout.context_parallel_size"], c["layout.tensor_model_parallel_size"], c["data.seq_length"]
     if cp == 1 or not seq:
         return
-    cut = tp if c["layout.sequence_parallel"] else 1
-    # Rank r holds chunks r and 2 cp - 1 - r of 2 cp, so that the causal mask leaves each the same work.
-    unit = cp * lcm(2, cut)
-    if seq % unit and not seq % cut:  # a length that tp does not divide is reported by `tensor_split`
-        of = f"2 x `--context-parallel-size {cp}`"
-        if cut > 1:
-            of += f", of which `--sequence-parallel` cuts each rank's part over `--tensor-model-parallel-size {tp}`"
+    sequence_shards = tp if c["layout.sequence_parallel"] else 1
+    # Rank r has chunks r and 2 cp - 1 - r of the 2 cp chunks, so that under the causal mask all ranks have the same work.
+    divisor = cp * lcm(2, sequence_shards)
+    if seq % divisor and not seq % sequence_shards:  # a length that tp does not divide is reported by `tensor_split`
+        parts = f"2 x `--context-parallel-size {cp}`"
+        if sequence_shards > 1:
+            parts += f", of which `--sequence-parallel` cuts each rank's part over `--tensor-model-parallel-size {tp}`"
         yield Problem(
-            c.flag_text("data.seq_length"), f"is not divisible by {unit}: it is cut into {of}", f"multiples of {unit}"
+            c.flag_text("data.seq_length"), f"is not divisible by {divisor}: it is cut into {parts}", f"multiples of {divisor}"
         )
 
 
 def context_dropout(c: ConfigCheck) -> Iterator[Problem]:
-    """Fused attention dropout needs a fused kernel, which ring attention does not have."""
+    """Fused attention dropout is not combined with context parallelism: ring attention has no kernel that draws the mask."""
     fused = c["model.fused_attention_dropout"] and c["model.attention_dropout"] > 0
     if fused and c["layout.context_parallel_size"] > 1:
-        rule = f"cannot go with {c.flag_text('layout.context_parallel_size')}, whose attention has no kernel that draws numbers"
+        rule = f"cannot go with {c.flag_text('layout.context_parallel_size')}, whose attention has no kernel that draws masks"
         yield Problem(c.flag_text("model.fused_attention_dropout"), rule, "leave it out, or --attention-dropout 0")
 
 
 def param_gather(c: ConfigCheck) -> Iterator[Problem]:
-    """Gathers of weights overlap only with the distributed optimizer, and with uncompiled layers."""
+    """--overlap-param-gather needs the distributed optimizer, and layers that are not compiled."""
     if not c["layout.overlap_param_gather"]:
         return
     if not c["layout.use_distributed_optimizer"]:

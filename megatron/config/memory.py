@@ -63,9 +63,9 @@ def distributed_activations(c: ConfigCheck) -> Iterator[Problem]:
     if not c[DISTRIBUTE] or c.invalid & {GRANULARITY, "layout.tensor_model_parallel_size"}:
         return
     if c[GRANULARITY] != "full":
-        yield Problem(what, f"needs `{FULL}`: it shards the saved inputs of chunks of whole layers")
+        yield Problem(what, f"needs `{FULL}`: it shards the inputs of chunks of layers")
     if tp < 2:
-        yield Problem(what, "needs `--tensor-model-parallel-size` of 2 or more: there is no other rank to share with")
+        yield Problem(what, "needs `--tensor-model-parallel-size` of 2 or more: a single rank cannot share")
     elif c["layout.sequence_parallel"]:
         yield Problem(what, "cannot go with `--sequence-parallel`, which already shards these inputs; leave it out")
     elif hidden and hidden % tp:

@@ -1,4 +1,4 @@
-"""Settings of the model's architecture, which with the weights is all that inference and export need."""
+"""Settings of the model's architecture, which together with the weights are all that inference and export need."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron.config.errors import Problem
 from megatron.config.normalizations import BUILT_IN, NORMALIZATIONS, norm_class
 from megatron.config.option import ABOVE_0_TO_1, FROM_0_BELOW_1, LAYERS, NOT_NEGATIVE, POSITIVE, option
 
-# Settings that an architecture does not have, and that would silently do nothing.
+# Settings that have no effect on an architecture, so that giving them with it is a mistake.
 UNSUPPORTED: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "gpt": ("model.bert_binary_head", "data.mask_prob", "data.short_seq_prob"),
@@ -27,7 +27,7 @@ UNSUPPORTED: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Model architecture, which with the weights is all that inference and export need."""
+    """Model architecture. Together with the weights, it is all that inference and export need."""
 
     num_layers: int | None = option(None, "number of transformer layers", aliases=("--encoder-num-layers",), legal=LAYERS)
     hidden_size: int | None = option(None, "transformer hidden size, the width of the residual stream", legal=POSITIVE)
@@ -111,7 +111,7 @@ class ModelSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(ModelSettings):
-    """Resolved architecture of a model that can be built, but for `vocab_size`, which the tokenizer or a checkpoint gives."""
+    """Resolved architecture of a model, from which it can be built; only `vocab_size` may still have to be filled in."""
 
     num_layers: int = field()
     hidden_size: int = field()
@@ -123,14 +123,14 @@ class ModelConfig(ModelSettings):
 
     @property
     def known_vocab_size(self) -> int:
-        """Unpadded size of the vocabulary. ValueError before a tokenizer or a checkpoint has given it."""
+        """Unpadded size of the vocabulary. ValueError if no tokenizer and no checkpoint has given it yet."""
         if self.vocab_size is None:
             raise ValueError("ModelConfig.vocab_size is not resolved: it comes with a tokenizer or a checkpoint")
         return self.vocab_size
 
     @property
     def num_token_types(self) -> int:
-        """Number of rows of the token type embedding; 0 without one."""
+        """Number of rows of the token type embedding; 0 if the model has none."""
         return 2 if self.architecture == "bert" and self.bert_binary_head else 0
 
     @property
@@ -155,25 +155,25 @@ class ModelConfig(ModelSettings):
 
     @property
     def rows_per_sample(self) -> int:
-        """Number of sequences that a sample consists of: one for each answer of a choice, else 1."""
+        """Number of sequences in a sample: one for each answer if the task head is a choice, else 1."""
         return len(self.labels) if self.task_head == "choice" else 1
 
     @property
     def num_task_outputs(self) -> int:
-        """Number of outputs of the task head: one per sequence of a choice, start and end of a span, else one per label."""
+        """Number of outputs of the task head: 1 for a choice, 2 (start and end) for a span, else one per label."""
         return {"choice": 1, "span": 2}.get(self.task_head or "", len(self.labels))
 
 
 def derive_model(model: ModelSettings, seq_length: int | None) -> ModelSettings:
-    """Fill in the sizes that follow from others, as Megatron-LM does (`validate_args` of its arguments.py)."""
+    """Fill in the sizes that follow from others, with the formulas of Megatron-LM (`validate_args` in its arguments.py)."""
     hidden, heads = model.hidden_size, model.num_attention_heads
     ffn, kv, positions = model.ffn_hidden_size, model.kv_channels, model.max_position_embeddings
     if ffn is None and hidden is not None:
-        # SwiGLU has three matrices instead of two, so 2/3 of the width keeps the number of parameters (arXiv 2002.05202).
+        # SwiGLU has three matrices instead of two, so 2/3 of the width gives the same number of parameters (arXiv 2002.05202).
         ffn = max(64, int((4 * hidden * 2 / 3) / 64) * 64) if model.activation == "swiglu" else 4 * hidden
     if kv is None and hidden is not None and heads and hidden % heads == 0:
         kv = hidden // heads
-    # Without a learned table a model has no maximum length of its own; the length that it was trained with is recorded.
+    # Without a learned position table, the model itself has no maximum length, so the length of its training is recorded.
     if positions is None and model.position_embedding_type != "learned_absolute":
         positions = seq_length
     groups = heads if model.num_query_groups is None else model.num_query_groups
@@ -189,7 +189,7 @@ def sizes_given(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def head_width(c: ConfigCheck) -> Iterator[Problem]:
-    """The hidden size divides over the heads, unless --kv-channels gives their size."""
+    """The hidden size is divisible by the number of heads, unless --kv-channels gives the size of a head."""
     hidden, heads = c["model.hidden_size"], c["model.num_attention_heads"]
     if c["model.kv_channels"] is None and hidden and heads and hidden % heads and "model.kv_channels" not in c.invalid:
         yield Problem(
@@ -198,7 +198,7 @@ def head_width(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def query_groups(c: ConfigCheck) -> Iterator[Problem]:
-    """The attention heads divide over the query groups."""
+    """The number of attention heads is divisible by the number of query groups."""
     heads, groups = c["model.num_attention_heads"], c["model.num_query_groups"]
     if heads and groups and heads % groups:
         rule = f"is not divisible by `--num-query-groups {groups}`"
@@ -209,12 +209,12 @@ def rotary_width(c: ConfigCheck) -> Iterator[Problem]:
     """RoPE rotates an even number of channels, at least 2."""
     kv, percent = c["model.kv_channels"], c["model.rotary_percent"]
     if c["model.position_embedding_type"] == "rope" and kv and (int(kv * percent) < 2 or int(kv * percent) % 2):
-        rule = f"turns {int(kv * percent)} of the {kv} channels of a head, which must be an even number of at least 2"
+        rule = f"rotates {int(kv * percent)} of the {kv} channels of a head, which must be an even number of at least 2"
         yield Problem(c.flag_text("model.rotary_percent"), rule)
 
 
 def positions(c: ConfigCheck) -> Iterator[Problem]:
-    """A sample is not longer than the model's maximum."""
+    """The sequence length is not greater than the model's maximum."""
     maximum, length = c["model.max_position_embeddings"], c["data.seq_length"]
     if maximum and length and maximum < length:
         yield Problem(
@@ -223,9 +223,9 @@ def positions(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def normalization_package(c: ConfigCheck) -> Iterator[Problem]:
-    """A normalisation of another package can be loaded."""
+    """A normalisation of another package can be imported."""
     name = c["model.normalization"]
-    # The built-in ones need torch, which is not imported before a command is known to be right.
+    # The built-in ones are not loaded here, because that would import torch before the command has been checked.
     if name in BUILT_IN or "model.normalization" in c.invalid:
         return
     try:
@@ -235,11 +235,11 @@ def normalization_package(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def other_architecture_settings(c: ConfigCheck) -> Iterator[Problem]:
-    """The model's architecture has all settings that are given."""
-    own = c["model.architecture"]
-    for name in UNSUPPORTED[own]:
+    """No setting of another architecture is given."""
+    architecture = c["model.architecture"]
+    for name in UNSUPPORTED[architecture]:
         if c.is_set(name):
-            other = {"gpt": "BERT (pretrain_bert.py)", "bert": "GPT (pretrain_gpt.py)"}[own]
+            other = {"gpt": "BERT (pretrain_bert.py)", "bert": "GPT (pretrain_gpt.py)"}[architecture]
             yield Problem(c.flag_text(name), f"belongs to {other}; leave it out")
 
 

@@ -93,14 +93,14 @@ class OptimSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig(OptimSettings):
-    """Resolved optimizer and learning-rate schedule, with the weight decay at both ends."""
+    """Resolved optimizer and learning-rate schedule, with the weight decay at the start and at the end."""
 
     start_weight_decay: float = field()
     end_weight_decay: float = field()
 
 
 def derive_optim(optim: OptimSettings, batch: BatchSettings) -> OptimSettings:
-    """Fill in the lengths of the schedule and the ends of the weight decay, as Megatron-LM does."""
+    """Fill in the length of the decay, and the weight decay at the start and at the end, as Megatron-LM does."""
     decay_iters, decay_samples = optim.lr_decay_iters, optim.lr_decay_samples
     if batch.train_samples is not None:
         decay_samples = batch.train_samples if decay_samples is None else decay_samples
@@ -116,7 +116,7 @@ def derive_optim(optim: OptimSettings, batch: BatchSettings) -> OptimSettings:
 
 
 def length_unit(batch: BatchSettings) -> str:
-    """Return the unit of a run's length and of its learning-rate schedule: "iters" or "samples", as in the flags' names."""
+    """Return the unit of a run's length and of its learning-rate schedule: "iters" or "samples", the suffixes of flags."""
     return "iters" if batch.train_samples is None else "samples"
 
 
@@ -143,26 +143,26 @@ def one_unit(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def warm_up(c: ConfigCheck) -> Iterator[Problem]:
-    """The warm-up is given by one flag, and ends before the decay does."""
+    """The length of the warm-up is given by one flag, and is less than that of the decay, which includes it."""
     explicit = [n for n in ("optim.lr_warmup_iters", "optim.lr_warmup_samples") if c.is_set(n) and n not in c.invalid]
     if c["optim.lr_warmup_fraction"] is not None and explicit:
         yield Problem(c.flag_text("optim.lr_warmup_fraction", *explicit), "exclude each other; give one of them")
     for unit in ("iters", "samples"):
-        warm, decay = c[f"optim.lr_warmup_{unit}"], c[f"optim.lr_decay_{unit}"]
-        if warm and decay and warm >= decay:
+        warmup, decay = c[f"optim.lr_warmup_{unit}"], c[f"optim.lr_decay_{unit}"]
+        if warmup and decay and warmup >= decay:
             rule = f"is not less than `--lr-decay-{unit} {decay}`, where the decay ends"
             yield Problem(c.flag_text(f"optim.lr_warmup_{unit}"), rule, f"0 to {decay - 1}")
 
 
 def learning_rates(c: ConfigCheck) -> Iterator[Problem]:
     """The minimum learning rate is not above the peak."""
-    lr, low = c["optim.lr"], c["optim.min_lr"]
-    if lr is not None and low > lr:
+    lr, min_lr = c["optim.lr"], c["optim.min_lr"]
+    if lr is not None and min_lr > lr:
         yield Problem(c.flag_text("optim.min_lr"), f"is greater than `--lr {lr}`", f"0 to {lr}")
 
 
 def weight_decay_growth(c: ConfigCheck) -> Iterator[Problem]:
-    """Start and end of the weight decay are given for the styles that change it, and only for those."""
+    """The weight decay at the start and at the end are given for the styles that change it, and only for those."""
     names = ("optim.start_weight_decay", "optim.end_weight_decay")
     values = [getattr(c.raw.optim, name.split(".")[1]) for name in names]
     style = f"`--weight-decay-incr-style {c['optim.weight_decay_incr_style']}`"
@@ -170,14 +170,14 @@ def weight_decay_growth(c: ConfigCheck) -> Iterator[Problem]:
         absent = [c.flag(n) for n, v in zip(names, values, strict=True) if v is None and n not in c.invalid]
         if absent:
             yield Problem(style, f"needs {' and '.join(f'`{flag}`' for flag in absent)}")
-    # Equal values are what `derive_optim` fills in, so a resolved run has them, and its printed file.
+    # Values equal to --weight-decay are legal: `derive_optim` fills them in, so a resolved configuration contains them.
     elif any(v is not None and v != c["optim.weight_decay"] for v in values):
         flags = c.flag_text(*(n for n, v in zip(names, values, strict=True) if v is not None))
         yield Problem(flags, f"cannot go with {style}", "--weight-decay-incr-style linear or cosine")
 
 
 def optimizer_package(c: ConfigCheck) -> Iterator[Problem]:
-    """An optimizer of another package can be loaded."""
+    """An optimizer of another package can be imported."""
     if OPTIMIZER in c.invalid:
         return
     try:
@@ -187,7 +187,7 @@ def optimizer_package(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def adam_kernel(c: ConfigCheck) -> Iterator[Problem]:
-    """The implementation of AdamW is installed, and the optimizer is one that uses it."""
+    """--adam-kernel is given only with an optimizer that uses AdamW, and its implementation is installed."""
     if KERNEL in c.invalid or not c.is_set(KERNEL) or OPTIMIZER in c.invalid or any(optimizer_package(c)):
         return
     if ADAMW not in update_rules(c[OPTIMIZER]):
@@ -197,29 +197,31 @@ def adam_kernel(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def wsd_phases(c: ConfigCheck) -> Iterator[Problem]:
-    """WSD has a length of its decay, which fits between warm-up and end."""
+    """The length of the WSD decay is given in the run's unit, and the decay begins after the warm-up."""
     unit = length_unit(c.raw.batch)
-    own, decay = f"optim.lr_wsd_decay_{unit}", c[f"optim.lr_decay_{unit}"]
-    if c["optim.lr_decay_style"] != "WSD" or own in c.invalid:
+    wsd_decay, decay = f"optim.lr_wsd_decay_{unit}", c[f"optim.lr_decay_{unit}"]
+    if c["optim.lr_decay_style"] != "WSD" or wsd_decay in c.invalid:
         return
-    if c[own] is None:
+    if c[wsd_decay] is None:
         other = "optim.lr_wsd_decay_samples" if unit == "iters" else "optim.lr_wsd_decay_iters"
-        if c[other] is None or c["task.task"] is not None:  # else `one_unit` reports that the units do not mix
-            yield Problem(c.flag_text("optim.lr_decay_style"), f"needs `{c.flag(own)}`, the length of the decay at its end")
+        if c[other] is None or c["task.task"] is not None:  # in pretraining, `one_unit` reports a length in the other unit
+            yield Problem(
+                c.flag_text("optim.lr_decay_style"), f"needs `{c.flag(wsd_decay)}`, the length of the decay at its end"
+            )
         return
     if decay is None or {f"optim.lr_decay_{unit}", f"optim.lr_warmup_{unit}", "optim.lr_warmup_fraction"} & c.invalid:
         return
-    fraction, warm = c["optim.lr_warmup_fraction"], c[f"optim.lr_warmup_{unit}"]
-    warm = warm if fraction is None else int(fraction * decay)  # rounded down, as in optim/lr.py
-    if warm < decay < warm + c[own]:
-        rule = f"is longer than what the warm-up of {warm} leaves of `--lr-decay-{unit} {decay}`"
-        yield Problem(c.flag_text(own), rule, f"1 to {decay - warm}")
+    fraction, warmup = c["optim.lr_warmup_fraction"], c[f"optim.lr_warmup_{unit}"]
+    warmup = warmup if fraction is None else int(fraction * decay)  # rounded down, as in optim/lr.py
+    if warmup < decay < warmup + c[wsd_decay]:
+        rule = f"is longer than what the warm-up of {warmup} leaves of `--lr-decay-{unit} {decay}`"
+        yield Problem(c.flag_text(wsd_decay), rule, f"1 to {decay - warmup}")
 
 
-def warm_up_begin(c: ConfigCheck) -> Iterator[Problem]:
-    """The warm-up does not begin above the peak."""
-    lr, begin = c["optim.lr"], c["optim.lr_warmup_init"]
-    if lr is not None and begin > lr:
+def warm_up_start(c: ConfigCheck) -> Iterator[Problem]:
+    """The learning rate at the start of the warm-up is not above the peak."""
+    lr, initial_lr = c["optim.lr"], c["optim.lr_warmup_init"]
+    if lr is not None and initial_lr > lr:
         yield Problem(c.flag_text("optim.lr_warmup_init"), f"is greater than `--lr {lr}`, where the warm-up ends", f"0 to {lr}")
 
 
@@ -237,21 +239,21 @@ def optim_companions(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def remarks(c: ConfigCheck) -> Iterator[str]:
-    """Yield remarks for settings of WSD with another style, and for --lr-warmup-init without a warm-up."""
+    """Yield remarks on settings of WSD with another style, and on --lr-warmup-init without a warm-up."""
     names = ("optim.lr_wsd_decay_style", "optim.lr_wsd_decay_iters", "optim.lr_wsd_decay_samples")
     flags, style = [c.flag(name) for name in names if c.is_set(name)], c["optim.lr_decay_style"]
     if flags and style != "WSD":
         verb = "changes" if len(flags) == 1 else "change"
         yield f"{' and '.join(flags)} {verb} nothing: --lr-decay-style is {style}, not WSD"
-    warmed = c["optim.lr_warmup_iters"] or c["optim.lr_warmup_samples"] or c["optim.lr_warmup_fraction"]
-    if c.raw.optim.lr_warmup_init and not warmed:
+    has_warmup = c["optim.lr_warmup_iters"] or c["optim.lr_warmup_samples"] or c["optim.lr_warmup_fraction"]
+    if c.raw.optim.lr_warmup_init and not has_warmup:
         yield "--lr-warmup-init changes nothing: there is no warm-up"
 
 
 RULES = Rules(
     every_run=(
         *(learning_rate_given, warm_up, learning_rates, weight_decay_growth, optim_companions),
-        *(optimizer_package, adam_kernel, wsd_phases, warm_up_begin, decoupled_rates),
+        *(optimizer_package, adam_kernel, wsd_phases, warm_up_start, decoupled_rates),
     ),
     pretraining=(one_unit,),
     remarks=(remarks,),

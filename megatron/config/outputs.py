@@ -1,4 +1,4 @@
-"""Rules for what a run writes: not over its inputs, not over foreign files, and only where it has permission."""
+"""Rules for the files that a run writes: they overwrite no input and no other program's file, and writing is permitted."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ from megatron.config.tokenizer import TOKENIZER_FILES
 from megatron.files.outputs import InputPaths, files_in, holds_other_files, reason_unwritable
 from megatron.files.regular import open_regular
 
-HEAD_BYTES = 1 << 12  # from the start of a file, to recognize its kind
-JSON_OUTPUTS = {"log.metrics_path": "a file of metrics", "task.results_path": "a file of results"}  # by kind, for messages
+HEAD_BYTES = 1 << 12  # number of bytes that are read from the start of a file to recognize its kind
+# Settings that name JSON outputs -> kind of file, for messages.
+JSON_OUTPUTS = {"log.metrics_path": "a file of metrics", "task.results_path": "a file of results"}
 
 
-def check_outputs(checked: ConfigCheck, settings: Sequence[str]) -> list[Problem]:
-    """Return all mistakes in the places where a run is to write.
+def check_outputs(checked: ConfigCheck, settings_files: Sequence[str]) -> list[Problem]:
+    """Return all mistakes in the settings that name outputs.
 
     Args:
         checked: the configuration.
-        settings: the files that its settings were read from, which must not be overwritten either.
+        settings_files: paths of the files that the settings were read from, which must not be overwritten either.
     """
-    inputs = InputPaths([*_input_paths(checked), *settings])
-    found = list(_overwritten(checked, inputs))
-    reported = {problem.what for problem in found}  # one message for each file
+    inputs = InputPaths([*_input_paths(checked), *settings_files])
+    overwritten = list(_overwritten(checked, inputs))
+    reported = {problem.what for problem in overwritten}  # a setting gets only the first of the two kinds of problems
     return [
-        *found,
+        *overwritten,
         *(problem for problem in _wrong_kind(checked) if problem.what not in reported),
         *_save_directory(checked),
         *_wandb_installed(checked),
@@ -40,13 +41,13 @@ def check_outputs(checked: ConfigCheck, settings: Sequence[str]) -> list[Problem
 
 
 def writable(c: ConfigCheck) -> Iterator[Problem]:
-    """The directories of outputs can be written, and files that exist already, too."""
+    """Output directories, and output files that exist already, are writable."""
     folders = {name: c[name] for name in ("checkpoint.save", "log.tensorboard_dir", "log.profile_pipeline")}
-    # As the user gave them: by default these lie in --save, which is checked itself.
+    # Only the paths that the user gave: the defaults are in --save, which is checked anyway.
     files = {"log.metrics_path": c.raw.log.metrics_path, "task.results_path": c.raw.task.results_path}
-    for name, typed in files.items():
-        if typed is not None:
-            folders[name] = str(Path(typed).absolute().parent)
+    for name, path in files.items():
+        if path is not None:
+            folders[name] = str(Path(path).absolute().parent)
         if c[name] is not None and os.path.isdir(c[name]):
             yield Problem(c.flag_text(name), "cannot be written: it is a directory, not a file")
     for name, folder in folders.items():
@@ -59,7 +60,7 @@ def writable(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def _output_paths(c: ConfigCheck) -> Iterator[tuple[str, Path]]:
-    """Yield every single file that a run writes or removes, with the setting that names it or its directory."""
+    """Yield the files of fixed names that a run writes or removes, each with the setting that names it or its directory."""
     for name in (*JSON_OUTPUTS, "batch.stop_file"):
         if c[name] is not None:
             yield name, Path(c[name])
@@ -72,7 +73,7 @@ def _output_paths(c: ConfigCheck) -> Iterator[tuple[str, Path]]:
 
 
 def _input_paths(c: ConfigCheck) -> Iterator[str | Path]:
-    """Yield every file that a run reads, and every directory of a checkpoint or of a task's samples."""
+    """Yield the files that a run reads, and the directories of checkpoints and of a task's samples."""
     for name in PATHS:
         for prefix in prefixes(c[name]) or ():
             stem = prefix[:-4] if prefix.endswith((".bin", ".idx")) else prefix
@@ -85,45 +86,46 @@ def _input_paths(c: ConfigCheck) -> Iterator[str | Path]:
         if c[name] is not None and os.path.isdir(c[name]):
             yield from Path(c[name]).glob("iter_*/")
     if c["checkpoint.load"] is not None and os.path.isfile(Path(c["checkpoint.load"]) / MANIFEST):
-        yield c["checkpoint.load"]  # a single checkpoint, not a directory of them
+        yield c["checkpoint.load"]  # one checkpoint, rather than a directory that contains several
 
 
 def _overwritten(c: ConfigCheck, inputs: InputPaths) -> Iterator[Problem]:
     """No output overwrites an input or another output."""
-    seen: dict[str, str] = {}
+    setting_by_path: dict[str, str] = {}
     for name, path in _output_paths(c):
-        if (over := inputs.find_conflict(path)) is not None and not os.path.isdir(path):  # a directory is another rule's
-            where = "lies in" if os.path.isdir(over) else "is"
-            rule = f"cannot be written: {path} {where} {over}, which this command reads; choose another place"
+        # `writable` reports an output path that is a directory.
+        if (conflict := inputs.find_conflict(path)) is not None and not os.path.isdir(path):
+            relation = "is in" if os.path.isdir(conflict) else "is"
+            rule = f"cannot be written: {path} {relation} {conflict}, which this command reads; choose another place"
             yield Problem(c.flag_text(name), rule)
-        place = os.path.realpath(path)
-        if (other := seen.setdefault(place, name)) != name:
+        if (other := setting_by_path.setdefault(os.path.realpath(path), name)) != name:
             yield Problem(f"{c.flag_text(other, name)}", f"are both written to {path}")
 
 
 def _wrong_kind(c: ConfigCheck) -> Iterator[Problem]:
-    """A file that exists under the name of the metrics or results is one of them, not something else."""
+    """A file that exists at the path of the metrics or the results contains metrics or results."""
     for name, kind in JSON_OUTPUTS.items():
         if c[name] is None or not os.path.isfile(c[name]):
             continue
         with suppress(OSError), open_regular(c[name]) as file:
             head = file.read(HEAD_BYTES).lstrip()
-            # Even a file of less than these bytes, which a run that was killed may leave, must begin as they do.
-            known = b'{"iteration"' if name == "log.metrics_path" else b"{"
-            if head and not head.startswith(known) and not known.startswith(head):
-                yield Problem(c.flag_text(name), f"is there already and is not {kind}; choose another place")
+            prefix = b'{"iteration"' if name == "log.metrics_path" else b"{"
+            # A run that was killed may have written only a part of the prefix.
+            if head and not head.startswith(prefix) and not prefix.startswith(head):
+                yield Problem(c.flag_text(name), f"exists already and is not {kind}; choose another place")
 
 
 def _wandb_installed(c: ConfigCheck) -> Iterator[Problem]:
-    """The package of W&B is installed, if W&B is used."""
+    """W&B is installed if it is used."""
     if c["log.wandb_project"] is not None:
-        spec = find_spec("wandb")  # without an origin it is the directory `wandb` that W&B leaves where it has run
+        # A spec without an origin is the directory `wandb` that W&B creates in the working directory, not the package.
+        spec = find_spec("wandb")
         if spec is None or spec.origin is None:
             yield Problem(c.flag_text("log.wandb_project"), "needs W&B, which is not installed: pip install -e '.[wandb]'")
 
 
 def _save_directory(c: ConfigCheck) -> Iterator[Problem]:
-    """--save is a directory for this program's checkpoints, not one of them, and not another program's."""
+    """--save is not a checkpoint itself, and contains no checkpoints of other programs."""
     if c["checkpoint.save"] is None or not os.path.isdir(c["checkpoint.save"]):
         return
     root, what = Path(c["checkpoint.save"]), c.flag_text("checkpoint.save")
@@ -132,5 +134,5 @@ def _save_directory(c: ConfigCheck) -> Iterator[Problem]:
             yield Problem(what, f"is a checkpoint itself; give the directory that holds it, {root.resolve().parent}")
         foreign = sorted(p.name for p in root.iterdir() if re.fullmatch(r"iter_\d{7,15}", p.name) and holds_other_files(p))
         if foreign:
-            rule = f"holds directories that are no checkpoints of this program: {', '.join(foreign[:3])}"
+            rule = f"holds directories that are not checkpoints of this program: {', '.join(foreign[:3])}"
             yield Problem(what, f"{rule}; choose another directory, or remove them")

@@ -10,13 +10,13 @@ from megatron.config.errors import Problem
 from megatron.config.option import NOT_NEGATIVE, POSITIVE, option
 
 INITIAL, MINIMUM, CONSTANT = "precision.initial_loss_scale", "precision.min_loss_scale", "precision.loss_scale"
-DYNAMIC = (INITIAL, MINIMUM, "precision.loss_scale_window", "precision.hysteresis")
+DYNAMIC_ONLY = (INITIAL, MINIMUM, "precision.loss_scale_window", "precision.hysteresis")  # unused with a constant scale
 GRADIENTS = "precision.grad_reduce_in_bf16"
 
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """Number formats and loss scale. Main weights and optimizer state are always fp32."""
+    """Number formats and the loss scale. Main weights and optimizer state are always fp32."""
 
     bf16: bool = option(False, "compute in bfloat16")
     fp16: bool = option(False, "compute in float16, with loss scaling")
@@ -50,12 +50,12 @@ class PrecisionConfig:
 
 
 def dynamic_scale(precision: PrecisionConfig) -> bool:
-    """Return whether the loss scale adapts to overflows: fp16 without a constant scale."""
+    """Return whether the loss scale adapts to overflows, as it does with --fp16 and without a constant scale."""
     return precision.fp16 and not precision.loss_scale
 
 
 def one_format(c: ConfigCheck) -> Iterator[Problem]:
-    """The model computes in one format."""
+    """At most one 16-bit format is chosen."""
     if c["precision.fp16"] and c["precision.bf16"]:
         yield Problem(c.flag_text("precision.fp16", "precision.bf16"), "exclude each other; give one of them, or none for fp32")
 
@@ -75,18 +75,18 @@ def scale_range(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def dynamic_scale_skips(c: ConfigCheck) -> Iterator[Problem]:
-    """A run with a dynamic loss scale does not abort on an overflow, by which the scale finds its size."""
+    """A run with a dynamic loss scale does not abort on an overflow: the scale grows until it overflows, then shrinks."""
     if dynamic_scale(c.resolved.precision) and c["optim.on_nonfinite"] == "abort" and CONSTANT not in c.invalid:
-        rule = "cannot go with the dynamic loss scale of `--fp16`, which overflows now and then to find its size"
+        rule = "cannot go with the dynamic loss scale of `--fp16`, which grows until it overflows"
         yield Problem(
             c.flag_text("optim.on_nonfinite"), rule, "--on-nonfinite skip with --max-consecutive-skips, or a --loss-scale"
         )
 
 
 def remarks(c: ConfigCheck) -> Iterator[str]:
-    """Yield the settings of the dynamic loss scale in a run without one.
+    """Yield a remark for each setting of the dynamic loss scale in a run without one.
 
-    They are remarks and no mistakes because Megatron-LM's scripts often give them beside --bf16.
+    These are remarks rather than problems because many of Megatron-LM's scripts give such settings together with --bf16.
     """
     precision = c.raw.precision
     if dynamic_scale(precision):
@@ -94,7 +94,7 @@ def remarks(c: ConfigCheck) -> Iterator[str]:
     why = "only --fp16 has a dynamic loss scale"
     if precision.loss_scale:
         why = f"--loss-scale {precision.loss_scale:g} is constant"
-    for name in DYNAMIC:
+    for name in DYNAMIC_ONLY:
         if c.is_set(name):
             yield f"{c.flag(name)} changes nothing: {why}"
 

@@ -1,4 +1,4 @@
-"""Check that a configuration is legal, by the rules of all sections in turn."""
+"""Check that a configuration is legal, by applying the rules of all sections."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from megatron.config.outputs import writable
 from megatron.config.resolve import derive
 from megatron.config.schema import RunConfig, RunSettings
 
-# The order in which mistakes are reported.
+# In the order in which their mistakes are reported.
 SECTIONS = (model, layout, pipeline, tokenizer, data, batch, optim, precision, memory, checkpoint, eval, log, task)
 EVERY_RUN: tuple[Rule, ...] = tuple(rule for section in SECTIONS for rule in section.RULES.every_run)
 PRETRAINING_RULES: tuple[Rule, ...] = (*EVERY_RUN, *(rule for section in SECTIONS for rule in section.RULES.pretraining))
@@ -44,49 +44,49 @@ def examine(
     planning: bool = False,
     rules: Sequence[Rule] = PRETRAINING_RULES,
 ) -> tuple[ConfigCheck, list[Problem]]:
-    """Check a configuration with all rules that do not touch the disk.
+    """Check a configuration by all rules that do not touch the disk.
 
     Args:
         config: the settings as the user gave them.
         world_size: number of ranks.
-        invalid: settings whose value could not be read, by `section.field`; these have been reported.
-        planning: this is a dry run.
-        rules: the rules to apply, those of pretraining or of tasks.
+        invalid: names, `section.field`, of settings whose value could not be read; these have been reported already.
+        planning: the command is a dry run.
+        rules: the rules to apply: PRETRAINING_RULES or TASK_RULES.
 
     Returns:
-        The view of the configuration, for the rules that look at the disk, and the problems.
+        The view of the configuration, to which `check_files` applies the rules that look at the disk; and the problems.
     """
-    problems = list(out_of_range(config))
-    unfit = {name for name, _ in problems} | set(invalid)
-    for name in unfit:  # back to the default, so that other rules neither fail on the same mistake nor report it again
+    range_problems = list(out_of_range(config))
+    all_invalid = {name for name, _ in range_problems} | set(invalid)
+    for name in all_invalid:  # reset to the default, so that other rules neither fail on the value nor report it again
         section, _, key = name.partition(".")
-        part = dataclasses.replace(getattr(config, section), **{key: by_name()[name].default})
-        config = dataclasses.replace(config, **{section: part})
+        section_settings = dataclasses.replace(getattr(config, section), **{key: by_name()[name].default})
+        config = dataclasses.replace(config, **{section: section_settings})
     dp = data_parallel_size(config.layout, world_size)
     resolved = derive(config, world_size)
-    checked = ConfigCheck(config, resolved, world_size, dp, by_name(), derive, frozenset(unfit), planning)
-    return checked, [p for _, p in problems] + [p for rule in rules for p in rule(checked)]
+    checked = ConfigCheck(config, resolved, world_size, dp, by_name(), derive, frozenset(all_invalid), planning)
+    return checked, [p for _, p in range_problems] + [p for rule in rules for p in rule(checked)]
 
 
 def resolved_check(config: RunSettings, world_size: int = 1) -> ConfigCheck:
-    """Return the view of a resolved configuration, to apply single rules to it."""
+    """Return the view of a configuration that needs no derivation, to which the caller can apply single rules."""
     return ConfigCheck(config, config, world_size, None, by_name(), derive)
 
 
 def check(config: RunSettings, world_size: int = 1) -> list[Problem]:
-    """Return all mistakes in `config` on `world_size` ranks, apart from those in files; empty when it is legal."""
+    """Return all mistakes in a pretraining configuration on `world_size` ranks, except those that are found on the disk."""
     return examine(config, world_size)[1]
 
 
 def out_of_range(config: RunSettings) -> Iterator[tuple[str, Problem]]:
     """Yield `section.field` and a problem for every number outside its range and every string outside its choices."""
     for name, option in by_name().items():
-        if option.section == "command":  # which is not part of the run's settings
+        if option.section == "command":  # `config` has no section for the settings of the command
             continue
         value = getattr(getattr(config, option.section), option.field)
         if value is None:
             continue
-        if option.legal and not option.legal.holds(value):
+        if option.legal and not option.legal.contains(value):
             yield name, Problem(option.text(value), f"must be {option.legal.text}")
         elif option.choices and value not in option.choices:
             yield name, Problem(option.text(value), "is not known", ", ".join(option.choices))
@@ -98,17 +98,17 @@ def check_files(checked: ConfigCheck) -> list[Problem]:
 
 
 def remarks(checked: ConfigCheck) -> list[str]:
-    """Return a line for each setting that was given and has no effect in this configuration."""
+    """Return the lines of all sections' remarks, mostly on settings that have no effect in this configuration."""
     return [line for section in SECTIONS for remark in section.RULES.remarks for line in remark(checked)]
 
 
 def divisible_remaining_sizes(config: RunConfig, world_size: int, consumed: int) -> list[Problem]:
-    """Check the batch sizes that a resolved run has not passed yet: each divides over the data-parallel ranks.
+    """Check that the remaining batch sizes of --step-batch-size-schedule divide over the data-parallel ranks.
 
-    The sizes that it has passed do not count: it may have been resumed with more ranks.
+    The sizes before `consumed` are not checked: the run may have had another number of ranks then.
 
     Args:
-        config: the run.
+        config: the run's configuration.
         world_size: number of ranks.
         consumed: number of samples that the run has consumed.
 

@@ -1,17 +1,17 @@
-"""Schema of a run's configuration: frozen dataclasses, the one source of defaults, flags, help, TOML and the saved config.
+"""Schema of a run's configuration: frozen dataclasses, the one source of defaults, flags, help, TOML keys and saved settings.
 
-It has two types. `RunSettings` holds what a user gave, by flags, TOML or a saved file; `None` means "derive it".
-`RunConfig` holds what a run uses: every derived setting has its value, and a type checker knows it. `resolve.py` makes the
-second from the first.
+The schema has two types. `RunSettings` contains the settings of a user, from flags, TOML or a saved file; `None` means that a
+setting is to be derived. `RunConfig` contains the settings of a run: every derived setting has a value, which type checkers
+know. `resolve.py` converts the first to the second.
 
-Each section is a file of this folder: its dataclass with the legal range of every number, the function that derives settings
-from others, and its rules. Each field is written with `option(default, help, ...)`, from which `command_line/` derives all that
-a user types: the field `tensor_model_parallel_size` of `LayoutSettings` is the flag `--tensor-model-parallel-size`, and in TOML
-the key `tensor-model-parallel-size` under `[layout]`. Names, defaults and meanings are Megatron-LM 23.06's where it has the
-setting. A section with something to derive has two dataclasses: `LayoutSettings` with all fields, and `LayoutConfig`, which
-inherits them and declares again, without a default and without `None`, those that a run always has.
+Each section is a file of this folder, with its dataclass, the function that derives settings from others, and its rules. Each
+field is declared with `option(default, help, ...)`, which also states the legal range of a number. `command_line/` derives
+flags and TOML keys from fields: `tensor_model_parallel_size` of `LayoutSettings` is the flag `--tensor-model-parallel-size`
+and the key `tensor-model-parallel-size` under `[layout]`. Names, defaults and meanings are those of Megatron-LM 23.06 where it
+has the setting. A section with derived settings has two dataclasses: `LayoutSettings` with all fields, and its subclass
+`LayoutConfig`, which declares those that a run always has again, without a default and without `None`.
 
-Imports no torch: a configuration can be read, checked and printed anywhere.
+Imports no torch, so that a configuration can be read, checked and printed on any machine.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Settings of a run as a user gave them. The sections are the tables of a TOML file."""
+    """Settings of a run as a user gave them. Each field is a section, which is a table in a TOML file."""
 
     model: ModelSettings = field(default_factory=ModelSettings)
     layout: LayoutSettings = field(default_factory=LayoutSettings)
@@ -93,9 +93,9 @@ def sections() -> dict[str, type]:
 
 
 def assemble(values: Mapping[str, Any]) -> RunSettings:
-    """Build settings from values by `section.field`; what they leave out has the schema's default."""
+    """Build settings from a mapping `section.field` -> value. Fields that it lacks get the schema's defaults."""
     built = {}
     for section, config in sections().items():
-        own = {name.split(".")[1]: v for name, v in values.items() if name.startswith(section + ".")}
-        built[section] = config(**own)
+        fields = {name.split(".")[1]: value for name, value in values.items() if name.startswith(section + ".")}
+        built[section] = config(**fields)
     return RunSettings(**built)

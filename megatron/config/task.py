@@ -1,4 +1,4 @@
-"""Settings of tasks/main.py: evaluation and fine-tuning, with the table of the tasks and of the models that they need."""
+"""Settings of tasks/main.py, for evaluation and fine-tuning, and the table of the tasks with the models that they need."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron.config.paths import path_in_save
 from megatron.files.prefixes import suggest_prefix
 from megatron.files.regular import describe_file_kind
 
-# These determine the samples and the length of a pretraining run. A task would ignore them, so they are mistakes there.
+# Settings of the samples and the length of a pretraining run. A task would ignore them, so giving them is a mistake.
 PRETRAINING_ONLY = (
     "data.data_path", "data.train_data_path", "data.valid_data_path", "data.test_data_path", "data.mock_data",
     "data.data_args_path", "data.per_split_data_args_path", "data.split",
@@ -31,8 +31,8 @@ class TaskKind:
 
     Attributes:
         architecture: gpt or bert.
-        head: kind of head that is fine-tuned; None for a task that evaluates a model as it was pretrained.
-        labels: names of the head's outputs, if the task fixes them, in Megatron-LM's order.
+        head: kind of the task head, which is fine-tuned; None for a task that evaluates a pretrained model.
+        labels: names of the head's outputs in Megatron-LM's order; empty if the data determine them.
     """
 
     architecture: str
@@ -77,44 +77,44 @@ def settings_from_task(values: Mapping[str, Any]) -> dict[str, Any]:
         values: `section.field` -> value, as the user gave them.
 
     Returns:
-        `section.field` -> value. Sizes are not among them: those of a task's model come from its checkpoint.
+        `section.field` -> value. The sizes of the model are not included, because they come from its checkpoint.
     """
     kind = TASKS.get(values.get("task.task", ""))
     if kind is None:
-        return {"eval.skip_train": True}  # so that no rule asks for what only training needs
+        return {"eval.skip_train": True}  # without a known task, no rule should ask for settings of training
     load, pretrained = values.get("checkpoint.load"), values.get("task.pretrained_checkpoint")
     trains = kind.head is not None and bool(values.get("task.train_data")) and not values.get("eval.skip_train")
-    trains = trains and values.get("task.epochs") != 0  # missing epochs are reported as a mistake of a run that trains
-    follows: dict[str, Any] = {
+    trains = trains and values.get("task.epochs") != 0  # without --epochs it counts as training, and `task_data` reports it
+    derived: dict[str, Any] = {
         "model.architecture": kind.architecture,
         "model.task_head": kind.head,
         "model.labels": kind.labels,
         "eval.skip_train": not trains,
     }
     if load or pretrained:
-        # Only --load in training continues a run, with its iteration and optimizer state; else the weights alone are loaded.
-        weights_alone = load is None or not trains
-        follows |= {
+        # Iteration and optimizer state are loaded only if fine-tuning resumes from --load; else only the weights are.
+        weights_only = load is None or not trains
+        derived |= {
             "checkpoint.load": load or pretrained,
-            "checkpoint.finetune": weights_alone or values.get("checkpoint.finetune", False),
+            "checkpoint.finetune": weights_only or values.get("checkpoint.finetune", False),
             "checkpoint.use_checkpoint_args": True,
         }
-    return follows
+    return derived
 
 
 def derive_task(task: TaskConfig, save: str | None) -> TaskConfig:
-    """Fill in the path of the results."""
+    """Fill in the path of the results of a task, by default in --save."""
     if task.task is None or task.results_path is not None:
         return task
     return replace(task, results_path=path_in_save(save, "results.json"))
 
 
 def no_task(c: ConfigCheck) -> Iterator[Problem]:
-    """Pretraining has none of the settings of tasks."""
+    """Pretraining is given no settings of tasks."""
     for name in c.options:
         if name == "task.epochs" and c.is_set(name):
-            rule = "belongs to tasks/main.py; say how long with --train-iters, or with --train-samples"
-            yield Problem(c.flag_text(name), f"{rule} (an epoch is as many as the data has)")
+            rule = "belongs to tasks/main.py; set the length of training with --train-iters, or with --train-samples"
+            yield Problem(c.flag_text(name), f"{rule} (one epoch: all samples)")
         elif name.startswith("task.") and c.is_set(name):
             yield Problem(c.flag_text(name), "belongs to tasks/main.py; leave it out")
 
@@ -126,8 +126,8 @@ def task_named(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def model_named(c: ConfigCheck) -> Iterator[Problem]:
-    """A task has a checkpoint to start from, by one of two flags."""
-    if c["task.task"] is None:  # reported by `task_named`; what --load means follows from it
+    """A task is given a checkpoint to start from, by --load or by --pretrained-checkpoint."""
+    if c["task.task"] is None:  # reported by `task_named`; the meaning of --load depends on the task
         return
     if c["checkpoint.load"] is None and not c.invalid & {"checkpoint.load", "task.pretrained_checkpoint"}:
         yield Problem(
@@ -135,12 +135,12 @@ def model_named(c: ConfigCheck) -> Iterator[Problem]:
         )
     if c["task.pretrained_checkpoint"] is not None and c["checkpoint.load"] != c["task.pretrained_checkpoint"]:
         both = c.flag_text("task.pretrained_checkpoint", "checkpoint.load")
-        rule = "exclude each other: the first begins fine-tuning, the second goes on with it or evaluates what it gave"
-        yield Problem(both, f"{rule}; with --auto-resume a run that was interrupted goes on from its --save")
+        rule = "exclude each other: the first begins fine-tuning, the second resumes it or evaluates its result"
+        yield Problem(both, f"{rule}; with --auto-resume an interrupted run resumes from its --save")
 
 
 def task_data(c: ConfigCheck) -> Iterator[Problem]:
-    """A task has data to evaluate or to train on; one that trains nothing has no settings of training."""
+    """A task is given data to evaluate or to train on; a task that only evaluates is given no settings of training."""
     kind = TASKS.get(c["task.task"] or "")
     if kind is None:
         return
@@ -158,25 +158,25 @@ def task_data(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def pretraining_settings(c: ConfigCheck) -> Iterator[Problem]:
-    """A task has none of the settings of pretraining, which would silently do nothing."""
+    """A task is given no settings of pretraining, which would have no effect."""
     for name in PRETRAINING_ONLY:
         if c.is_set(name):
-            instead = "--train-data, --valid-data and --epochs say what is read, and how long"
+            instead = "--train-data, --valid-data and --epochs set the data and the length of a task"
             yield Problem(c.flag_text(name), f"belongs to pretraining; leave it out: {instead}")
 
 
 def whole_sequences(c: ConfigCheck) -> Iterator[Problem]:
-    """A task does without context parallelism: its samples are short, and ranks serve data parallelism better."""
+    """A task does not use context parallelism: its samples are short, so data parallelism makes better use of the ranks."""
     if c["layout.context_parallel_size"] != 1:
         yield Problem(
             c.flag_text("layout.context_parallel_size"),
-            "is for pretraining; a task takes these ranks for data parallelism",
+            "is for pretraining; a task uses these ranks for data parallelism",
             "1",
         )
 
 
 def windows(c: ConfigCheck) -> Iterator[Problem]:
-    """Windows overlap or adjoin, so that no token is left out."""
+    """Windows overlap or adjoin: the stride is at most the sequence length, so that no token is left out."""
     step, seq = c["task.overlapping_eval"], c["data.seq_length"]
     if seq and c["task.task"] in ("WIKITEXT103", "PERPLEXITY") and step > seq:
         yield Problem(
@@ -185,20 +185,20 @@ def windows(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def task_files(c: ConfigCheck) -> Iterator[Problem]:
-    """The data of a task can be read."""
+    """The data files of a task can be read."""
     for name in ("task.train_data", "task.valid_data"):
         for word in c[name]:
             path = Path(word)
-            # PERPLEXITY also takes indexed datasets, by their prefix, under which itself there is no file.
-            dataset = c["task.task"] == "PERPLEXITY" and os.path.exists(f"{word}.idx")
-            if not os.path.exists(path) and not dataset:
+            # PERPLEXITY also accepts the prefix of an indexed dataset, which is not itself the path of a file.
+            is_dataset = c["task.task"] == "PERPLEXITY" and os.path.exists(f"{word}.idx")
+            if not os.path.exists(path) and not is_dataset:
                 meant = suggest_prefix(word, "document") if c["task.task"] == "PERPLEXITY" else None
                 yield Problem(c.options[name].text((word,)), "does not exist" + (f"; {meant}" if meant else ""))
             elif os.path.exists(path) and os.path.isdir(path) != (c["task.task"] == "RACE"):
                 kind = "directories" if c["task.task"] == "RACE" else "files"
                 yield Problem(
                     c.options[name].text((word,)),
-                    f"is a {'directory' if os.path.isdir(path) else 'file'}; {c['task.task']} comes in {kind}",
+                    f"is a {'directory' if os.path.isdir(path) else 'file'}; {c['task.task']} needs {kind}",
                 )
             elif os.path.exists(path) and not os.path.isdir(path) and (kind := describe_file_kind(path.stat().st_mode)):
                 yield Problem(c.options[name].text((word,)), f"is {kind}, not a regular file")

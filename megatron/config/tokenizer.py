@@ -1,4 +1,4 @@
-"""Settings of the tokenizer, which turns text into token ids."""
+"""Settings of the tokenizer, which converts text to token ids."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron.config.errors import Problem
 from megatron.config.option import NOT_NEGATIVE, POSITIVE, option
 from megatron.config.paths import reason_unreadable
 
-# The settings that name the files of each type; types that are not here need none.
+# Settings that name the files of each type of tokenizer. Types that are not listed have no files.
 TOKENIZER_FILES = {
     "GPT2BPETokenizer": ("tokenizer.vocab_file", "tokenizer.merge_file"),
     "BertWordPieceLowerCase": ("tokenizer.vocab_file",),
@@ -25,7 +25,7 @@ TOKENIZER_FILES = {
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Tokenizer: text to token ids."""
+    """Tokenizer, which converts text to token ids."""
 
     tokenizer_type: str | None = option(
         None,
@@ -53,16 +53,16 @@ class TokenizerConfig:
 
 
 def tokenizer_given(c: ConfigCheck) -> Iterator[Problem]:
-    """Pretraining needs a tokenizer; a task takes its checkpoint's."""
+    """Pretraining needs a tokenizer; a task uses that of its checkpoint."""
     yield from missing(c, ["tokenizer.tokenizer_type"])
 
 
 def tokenizer_settings(c: ConfigCheck) -> Iterator[Problem]:
-    """Each type of tokenizer needs its files, and NullTokenizer its size."""
+    """Each type of tokenizer needs its files, and NullTokenizer needs the number of token ids."""
     kind = c["tokenizer.tokenizer_type"]
     if kind == "NullTokenizer" and c["tokenizer.vocab_size"] is None and "tokenizer.vocab_size" not in c.invalid:
         yield Problem(c.flag_text("tokenizer.tokenizer_type"), "needs `--vocab-size`, the number of ids")
-    if c.planning:  # a dry run may know a vocabulary's size without its files
+    if c.planning:  # `cli.dry_run` checks the files itself: it knows GPT-2's vocabulary size without them
         return
     for name in TOKENIZER_FILES.get(kind, ()):
         if c[name] is None:
@@ -78,9 +78,9 @@ def tokenizer_files(c: ConfigCheck) -> Iterator[Problem]:
         path = Path(c[name])
         if kind == "HuggingFaceTokenizer" and os.path.isdir(path):  # as Transformers saves a tokenizer
             path = path / "tokenizer.json"
-        if wrong := reason_unreadable(path, c.flag(name)):
-            where = "" if str(path) == c[name] else f"{path} "
-            yield Problem(c.flag_text(name), where + wrong)
+        if reason := reason_unreadable(path, c.flag(name)):
+            subject = "" if str(path) == c[name] else f"{path} "
+            yield Problem(c.flag_text(name), subject + reason)
 
 
 RULES = Rules(every_run=(tokenizer_settings,), pretraining=(tokenizer_given,), disk=(tokenizer_files,))

@@ -187,4 +187,4 @@ def test_an_installed_package_brings_an_optimizer(installed: dict[str, str], tmp
     gone = pretrain(installed, "--optimizer", "gone", "--train-iters", "1")
     assert gone.returncode == 2 and "needs toy_optimizers_of_old:RULES, which cannot be loaded: No module" in gone.stderr
     wrong = pretrain(installed, "--optimizer", "wrong", "--train-iters", "1")
-    assert wrong.returncode == 2 and "needs toy_optimizers:MOMENTUM, which is no tuple of UpdateRule" in wrong.stderr
+    assert wrong.returncode == 2 and "needs toy_optimizers:MOMENTUM, which is not a tuple of UpdateRule" in wrong.stderr

@@ -27,7 +27,7 @@ CASES: list[tuple[str, str, int, str]] = [
         "--context-parallel-size 2 --fused-attention-dropout",
         2,
         "`--fused-attention-dropout` cannot go with `--context-parallel-size 2`, whose attention has no kernel that draws "
-        "numbers; legal: leave it out, or --attention-dropout 0",
+        "masks; legal: leave it out, or --attention-dropout 0",
     ),
 ]
 

@@ -70,16 +70,16 @@ def on_disk(disk: Path, change: str) -> list[str]:
     return [line.replace(f"{disk}/", "") for line in problems(change.replace("@", f"{disk}/"), check_disk=True)]
 
 
-FRESH = "; leave out --load to start from new weights, or use --auto-resume to go on from --save where there is something"
+FRESH = "; leave out --load to start from new weights, or use --auto-resume to resume from --save if it has checkpoints"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ("--data-path @goood", "`--data-path goood` names no dataset: goood.bin and goood.idx do not exist; near it: good"),
-        ("--data-path @half", "`--data-path half` is no dataset: half.idx does not exist"),
-        ("--data-path @empty", "`--data-path empty` is no dataset: empty.bin is empty"),
-        ("--data-path 1 @good 1 @half", "`--data-path half` is no dataset: half.idx does not exist"),
+        ("--data-path @half", "`--data-path half` is not a dataset: half.idx does not exist"),
+        ("--data-path @empty", "`--data-path empty` is not a dataset: empty.bin is empty"),
+        ("--data-path 1 @good 1 @half", "`--data-path half` is not a dataset: half.idx does not exist"),
         (
             "--data-path @gone/x",
             "`--data-path gone/x` names no dataset: gone/x.bin and gone/x.idx do not exist; DISK has no gone",

@@ -42,7 +42,7 @@ def test_every_rule_is_tested_and_in_force() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "why"), [("gone:RULES", "cannot be loaded: No module named 'gone'"), ("math:pi", "is no tuple of UpdateRule")]
+    ("value", "why"), [("gone:RULES", "cannot be loaded: No module named 'gone'"), ("math:pi", "is not a tuple of UpdateRule")]
 )
 @pytest.mark.parametrize("kernel", ["", " --adam-kernel foreach"])
 def test_a_wrong_optimizer_package_is_named_once(monkeypatch: pytest.MonkeyPatch, value: str, why: str, kernel: str) -> None:

@@ -27,7 +27,7 @@ CASES: list[tuple[str, str, int, str]] = [
         "virtual_stages",
         "--num-layers 4 --pipeline-model-parallel-size 2 --pipeline-schedule zb-v --num-layers-per-virtual-pipeline-stage 1",
         2,
-        "`--pipeline-schedule zb-v` has 2 virtual stages of its own on each rank, and cannot go with "
+        "`--pipeline-schedule zb-v` always has 2 virtual stages on each rank, and cannot go with "
         "`--num-layers-per-virtual-pipeline-stage 1`; legal: --pipeline-schedule interleaved, or leave one of them out",
     ),
     (
@@ -83,7 +83,7 @@ CASES: list[tuple[str, str, int, str]] = [
         "--pipeline-model-parallel-size 2 --pipeline-schedule zb-h1 --compile",
         2,
         "`--pipeline-schedule zb-h1` cannot go with `--compile`: it computes weight gradients apart from the layers, which "
-        "would cut their graph; legal: gpipe, 1f1b or interleaved, or leave out --compile",
+        "would break their graph; legal: gpipe, 1f1b or interleaved, or leave out --compile",
     ),
 ]
 

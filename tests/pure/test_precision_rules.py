@@ -26,13 +26,13 @@ CASES: list[tuple[str, str, str]] = [
     (
         "dynamic_scale_skips",
         "--fp16 --on-nonfinite abort",
-        "`--on-nonfinite abort` cannot go with the dynamic loss scale of `--fp16`, which overflows now and then to find its "
-        "size; legal: --on-nonfinite skip with --max-consecutive-skips, or a --loss-scale",
+        "`--on-nonfinite abort` cannot go with the dynamic loss scale of `--fp16`, which grows until it overflows; "
+        "legal: --on-nonfinite skip with --max-consecutive-skips, or a --loss-scale",
     ),
     (
         "skipped_iterations",
         "--skip-train-iterations 3 9-7",
-        "`--skip-train-iterations 3 9-7` has '9-7', which is no iteration and no range of iterations; "
+        "`--skip-train-iterations 3 9-7` has '9-7', which is neither an iteration nor a range of iterations; "
         "legal: numbers and ranges such as 120 300-310, from 1 on",
     ),
 ]

@@ -36,13 +36,13 @@ CASES: list[tuple[str, str, int, str]] = [
         "distributed_activations",
         "--distribute-saved-activations --tensor-model-parallel-size 2",
         2,
-        "`--distribute-saved-activations` needs `--recompute-granularity full`: it shards the saved inputs of chunks of whole layers",
+        "`--distribute-saved-activations` needs `--recompute-granularity full`: it shards the inputs of chunks of layers",
     ),
     (
         "distributed_activations",
         "--distribute-saved-activations --recompute-granularity full --recompute-method block",
         1,
-        "`--distribute-saved-activations` needs `--tensor-model-parallel-size` of 2 or more: there is no other rank to share with",
+        "`--distribute-saved-activations` needs `--tensor-model-parallel-size` of 2 or more: a single rank cannot share",
     ),
     (
         "distributed_activations",
@@ -64,8 +64,8 @@ CASES: list[tuple[str, str, int, str]] = [
         "compiled_recompute",
         "--recompute-activations --compile --fused-attention-dropout",
         1,
-        "`--recompute-granularity selective` cannot go with `--compile` and `--fused-attention-dropout`: its second run would "
-        "have to draw the same mask; legal: --recompute-granularity full, or leave one of them out",
+        "`--recompute-granularity selective` cannot go with `--compile` and `--fused-attention-dropout`: the recomputation "
+        "would draw another mask; legal: --recompute-granularity full, or leave one of them out",
     ),
 ]
 

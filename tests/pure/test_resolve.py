@@ -117,7 +117,7 @@ def test_a_batch_that_the_ranks_cannot_share_is_decreased() -> None:
     ramp = resolved(f"{decrease} --no:train-iters --train-samples 100 --rampup-batch-size 7 1 30", 3)
     assert [global_batch_size_at(ramp.batch, n) for n in (0, 10, 30)] == [6, 6, 6] and all_batch_sizes(ramp.batch) == [6] * 4
     notes = parse(argv(decrease), program="t", world_size=3, check_disk=False).notes
-    assert notes == ("the global batch has 6 samples, not 10: the ranks share multiples of 6",)
+    assert notes == ("the global batch has 6 samples, not 10: it must be a multiple of 6",)
     too_few = (
         "`--global-batch-size 4` is not divisible by `--micro-batch-size 2` x 3 data-parallel ranks = 6; legal: multiples of 6"
     )

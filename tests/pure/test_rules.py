@@ -10,7 +10,7 @@ from megatron.config.batch import skipped_iterations, step_sizes
 from megatron.config.data import shortest_pair
 from megatron.config.layout import context_dropout, context_split, param_gather
 from megatron.config.model import normalization_package, other_architecture_settings
-from megatron.config.optim import adam_kernel, decoupled_rates, optimizer_package, warm_up_begin, wsd_phases
+from megatron.config.optim import adam_kernel, decoupled_rates, optimizer_package, warm_up_start, wsd_phases
 from megatron.config.options import options
 from megatron.config.rules import DISK_RULES, PRETRAINING_RULES, check
 from megatron.config.schema import ModelSettings, RunSettings
@@ -64,7 +64,7 @@ CASES: list[tuple[str, str, int, str]] = [
         "rotary_width",
         "--position-embedding-type rope --kv-channels 3",
         1,
-        "`--rotary-percent 1.0` turns 3 of the 3 channels of a head, which must be an even number of at least 2",
+        "`--rotary-percent 1.0` rotates 3 of the 3 channels of a head, which must be an even number of at least 2",
     ),
     ("positions", "--seq-length 9", 1, "`--max-position-embeddings 8` is less than `--seq-length 9`; legal: 9 or more"),
     (
@@ -253,7 +253,7 @@ def test_every_rule_is_tested() -> None:
         skipped_iterations,
         step_sizes,
         wsd_phases,
-        warm_up_begin,
+        warm_up_start,
         decoupled_rates,
         optimizer_package,
     }

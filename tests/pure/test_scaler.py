@@ -70,5 +70,5 @@ def test_what_another_kind_of_scaler_saved_changes_nothing() -> None:
 def test_sets_of_iterations() -> None:
     assert parse_iteration_ranges(["3", "7-9"]) == (range(3, 4), range(7, 10)) and parse_iteration_ranges([]) == ()
     for word in ("0", "9-7", "x", "1-", "-1", "1.5", "1-2-3", ""):
-        with pytest.raises(ValueError, match="which is no iteration"):
+        with pytest.raises(ValueError, match="which is neither an iteration"):
             parse_iteration_ranges(["1", word])

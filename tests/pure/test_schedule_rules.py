@@ -68,7 +68,7 @@ CASES = [
     ),
     (
         f"{STEPS} 0:2 16:4 --global-batch-size 8",
-        f"`{STEPS} 0:2 16:4` and `--global-batch-size 8` exclude each other: the schedule says every size, and its last one is "
+        f"`{STEPS} 0:2 16:4` and `--global-batch-size 8` exclude each other: the schedule sets every size, and its last one is "
         "the global batch size",
     ),
     (

@@ -84,7 +84,7 @@ CASES = [
     (
         4,
         f"--num-layers 16 {EMBEDDING} {LOSS}",
-        f"`{EMBEDDING}` and `{LOSS}` cannot be met: 18 layers, those included that the ends count as, are not divisible by 4 "
+        f"`{EMBEDDING}` and `{LOSS}` cannot be met: 18 layers, with embedding or loss counted as one, are not divisible by 4 "
         f"pipeline ranks{MORE}",
     ),
     (
@@ -96,12 +96,12 @@ CASES = [
     (
         2,
         f"--num-layers 8 {COUNT} 2 {EACH} 2",
-        f"`{EACH} 2` and `{COUNT} 2` exclude each other: each says how many stages a rank has; give one of them",
+        f"`{EACH} 2` and `{COUNT} 2` exclude each other: each sets how many stages a rank has; give one of them",
     ),
     (
         2,
         f"--num-layers 8 {COUNT} 3 --pipeline-schedule zb-v",
-        f"`--pipeline-schedule zb-v` has 2 virtual stages of its own on each rank, and cannot go with `{COUNT} 3`; legal: "
+        f"`--pipeline-schedule zb-v` always has 2 virtual stages on each rank, and cannot go with `{COUNT} 3`; legal: "
         "--pipeline-schedule interleaved, or leave one of them out",
     ),
     (
@@ -112,25 +112,24 @@ CASES = [
     (
         2,
         f"--num-layers 8 {EACH} 2 {FIRST} 2",
-        f"`{FIRST} 2` does not go with `{EACH} 2`: stages of several sizes have no number of layers in common; legal: {COUNT}",
+        f"`{FIRST} 2` cannot go with `{EACH} 2`: the virtual stages do not all have the same number of layers; legal: {COUNT}",
     ),
     (
         2,
         f"--num-layers 8 --pipeline-stage-layers 2 6 {FIRST} 2 {LOSS}",
-        f"`--pipeline-stage-layers 2 6`, `{FIRST} 2` and `{LOSS}` exclude each other: each says how many layers the stages "
+        f"`--pipeline-stage-layers 2 6`, `{FIRST} 2` and `{LOSS}` exclude each other: each sets how many layers the stages "
         "have; give one of them",
     ),
     (
         2,
         f"--num-layers 8 {DRAWN} Et*3|t*5|L",
-        f"`{DRAWN} Et*3|t*5|L` names 3 stages, not the 2 of 2 pipeline ranks; legal: stages in a multiple of 2, with 8 t in "
-        "all",
+        f"`{DRAWN} Et*3|t*5|L` names 3 stages, not the 2 of 2 pipeline ranks; legal: a multiple of 2 stages, with 8 t in all",
     ),
     (
         2,
         f"--num-layers 8 {DRAWN} E||t*7|L",
         f"`{DRAWN} E||t*7|L` adds up to 7 layers, not to `--num-layers 8` and leaves a stage between the first and the last "
-        "without layers, so with nothing to do; legal: stages in a multiple of 2, with 8 t in all",
+        "without layers; legal: a multiple of 2 stages, with 8 t in all",
     ),
     (
         2,

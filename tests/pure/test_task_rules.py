@@ -131,8 +131,8 @@ def test_files_are_looked_for(tmp_path: Path) -> None:
 
     assert said("MNLI", "tsv") == said("RACE", "dir") == said("PERPLEXITY", "set") == []
     assert said("MNLI", "gone") == ["`--valid-data gone` does not exist"]
-    assert said("RACE", "tsv") == ["`--valid-data tsv` is a file; RACE comes in directories"]
-    assert said("SQUAD", "dir") == ["`--valid-data dir` is a directory; SQUAD comes in files"]
+    assert said("RACE", "tsv") == ["`--valid-data tsv` is a file; RACE needs directories"]
+    assert said("SQUAD", "dir") == ["`--valid-data dir` is a directory; SQUAD needs files"]
     assert said("LAMBADA", "set") == ["`--valid-data set` does not exist"]
 
 
