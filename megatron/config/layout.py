@@ -162,7 +162,7 @@ def context_dropout(c: ConfigCheck) -> Iterator[Problem]:
     """Fused attention dropout is not combined with context parallelism: ring attention has no kernel that draws the mask."""
     fused = c["model.fused_attention_dropout"] and c["model.attention_dropout"] > 0
     if fused and c["layout.context_parallel_size"] > 1:
-        rule = f"cannot go with {c.flag_text('layout.context_parallel_size')}, whose attention has no kernel that draws masks"
+        rule = f"conflicts with {c.flag_text('layout.context_parallel_size')}, whose attention has no kernel that draws masks"
         yield Problem(c.flag_text("model.fused_attention_dropout"), rule, "leave it out, or --attention-dropout 0")
 
 
@@ -178,7 +178,7 @@ def param_gather(c: ConfigCheck) -> Iterator[Problem]:
     if c["batch.compile"]:
         yield Problem(
             c.flag_text("layout.overlap_param_gather"),
-            "cannot go with `--compile`, whose layers do not wait for their weights; leave one out",
+            "conflicts with `--compile`, whose layers do not wait for their weights; leave one out",
         )
 
 

@@ -54,7 +54,7 @@ def recompute_method(c: ConfigCheck) -> Iterator[Problem]:
         if c[GRANULARITY] is None:
             yield Problem(c.flag_text(name), f"needs `{FULL}`")
         else:
-            yield Problem(c.flag_text(name), f"cannot go with {c.flag_text(GRANULARITY)}, which applies to every layer", FULL)
+            yield Problem(c.flag_text(name), f"conflicts with {c.flag_text(GRANULARITY)}, which applies to every layer", FULL)
 
 
 def distributed_activations(c: ConfigCheck) -> Iterator[Problem]:
@@ -67,7 +67,7 @@ def distributed_activations(c: ConfigCheck) -> Iterator[Problem]:
     if tp < 2:
         yield Problem(what, "needs `--tensor-model-parallel-size` of 2 or more: a single rank cannot share")
     elif c["layout.sequence_parallel"]:
-        yield Problem(what, "cannot go with `--sequence-parallel`, which already shards these inputs; leave it out")
+        yield Problem(what, "conflicts with `--sequence-parallel`, which already shards these inputs; leave it out")
     elif hidden and hidden % tp:
         rule = f"is not divisible by {c.flag_text('layout.tensor_model_parallel_size')} under {what}"
         yield Problem(c.flag_text("model.hidden_size"), rule, divisors(hidden))
@@ -78,7 +78,7 @@ def compiled_recompute(c: ConfigCheck) -> Iterator[Problem]:
     # The kernel draws from torch's generator, and a compiled graph does not restore the generator's state to recompute.
     fused = c["model.fused_attention_dropout"] and c["model.attention_dropout"] > 0.0
     if c[GRANULARITY] == "selective" and c["batch.compile"] and fused:
-        rule = "cannot go with `--compile` and `--fused-attention-dropout`: the recomputation would draw another mask"
+        rule = "conflicts with `--compile` and `--fused-attention-dropout`: the recomputation would draw another mask"
         yield Problem(c.flag_text(GRANULARITY), rule, "--recompute-granularity full, or leave one of them out")
 
 

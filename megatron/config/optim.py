@@ -139,7 +139,7 @@ def one_unit(c: ConfigCheck) -> Iterator[Problem]:
     unit = f"batch.train_{length_unit(raw.batch)}"
     for name in other_unit[unit]:
         if c[unit] is not None and c.is_set(name):
-            yield Problem(c.flag_text(name), f"cannot go with `{c.flag(unit)}`: iterations and samples do not mix")
+            yield Problem(c.flag_text(name), f"conflicts with `{c.flag(unit)}`: iterations and samples do not mix")
 
 
 def warm_up(c: ConfigCheck) -> Iterator[Problem]:
@@ -173,7 +173,7 @@ def weight_decay_growth(c: ConfigCheck) -> Iterator[Problem]:
     # Values equal to --weight-decay are legal: `derive_optim` fills them in, so a resolved configuration contains them.
     elif any(v is not None and v != c["optim.weight_decay"] for v in values):
         flags = c.flag_text(*(n for n, v in zip(names, values, strict=True) if v is not None))
-        yield Problem(flags, f"cannot go with {style}", "--weight-decay-incr-style linear or cosine")
+        yield Problem(flags, f"cannot be combined with {style}", "--weight-decay-incr-style linear or cosine")
 
 
 def optimizer_package(c: ConfigCheck) -> Iterator[Problem]:
@@ -191,7 +191,7 @@ def adam_kernel(c: ConfigCheck) -> Iterator[Problem]:
     if KERNEL in c.invalid or not c.is_set(KERNEL) or OPTIMIZER in c.invalid or any(optimizer_package(c)):
         return
     if ADAMW not in update_rules(c[OPTIMIZER]):
-        yield Problem(c.flag_text(KERNEL), f"cannot go with {c.flag_text(OPTIMIZER)}", "--optimizer adam")
+        yield Problem(c.flag_text(KERNEL), f"conflicts with {c.flag_text(OPTIMIZER)}", "--optimizer adam")
     elif c[KERNEL] == "apex" and not c.planning and find_spec("apex") is None:
         yield Problem(c.flag_text(KERNEL), "needs apex, which is not installed", "fused, foreach")
 

@@ -159,7 +159,7 @@ def virtual_stages(c: ConfigCheck) -> Iterator[Problem]:
     # A layout as text goes with any schedule; `stage_layers` checks its number of stages.
     elif prescribed is not None and given != [DRAWN_LAYOUT] and c[VIRTUAL_STAGES] != prescribed:
         fixed = "has no virtual stages" if prescribed == 1 else f"always has {prescribed} virtual stages on each rank"
-        rule = f"{fixed}, and cannot go with {c.flag_text(*given)}"
+        rule = f"{fixed}, and conflicts with {c.flag_text(*given)}"
         others = schedule_names(lambda kind: kind.chunks is None)
         yield Problem(c.flag_text(SCHEDULE), rule, f"--pipeline-schedule {others}, or leave one of them out")
     elif c[PP] < 2 and prescribed is None and given != [DRAWN_LAYOUT]:
@@ -177,7 +177,7 @@ def one_split(c: ConfigCheck) -> Iterator[Problem]:
     if len(given) > 1:
         yield Problem(c.flag_text(*given), "exclude each other: each sets how many layers the stages have; give one of them")
     elif given_by_kind[kinds.index(END_LAYERS)] and c[VIRTUAL_LAYERS] is not None:
-        rule = f"cannot go with {c.flag_text(VIRTUAL_LAYERS)}: the virtual stages do not all have the same number of layers"
+        rule = f"conflicts with {c.flag_text(VIRTUAL_LAYERS)}: the virtual stages do not all have the same number of layers"
         yield Problem(c.flag_text(given[0]), rule, f"{c.flag(VIRTUAL_STAGES)}")
 
 
@@ -250,7 +250,7 @@ def shared_layers(c: ConfigCheck) -> Iterator[Problem]:
 def split_backward(c: ConfigCheck) -> Iterator[Problem]:
     """Layers are not compiled if the schedule splits the backward pass, as zero-bubble schedules do."""
     if c["batch.compile"] and SCHEDULE not in c.invalid and schedule_kind(c[SCHEDULE]).splits:
-        rule = "cannot go with `--compile`: it computes weight gradients apart from the layers, which would break their graph"
+        rule = "conflicts with `--compile`: it computes weight gradients apart from the layers, which would break their graph"
         yield Problem(c.flag_text(SCHEDULE), rule, f"{schedule_names(lambda kind: not kind.splits)}, or leave out --compile")
 
 

@@ -77,7 +77,7 @@ def scale_range(c: ConfigCheck) -> Iterator[Problem]:
 def dynamic_scale_skips(c: ConfigCheck) -> Iterator[Problem]:
     """A run with a dynamic loss scale does not abort on an overflow: the scale grows until it overflows, then shrinks."""
     if dynamic_scale(c.resolved.precision) and c["optim.on_nonfinite"] == "abort" and CONSTANT not in c.invalid:
-        rule = "cannot go with the dynamic loss scale of `--fp16`, which grows until it overflows"
+        rule = "conflicts with the dynamic loss scale of `--fp16`, which grows until it overflows"
         yield Problem(
             c.flag_text("optim.on_nonfinite"), rule, "--on-nonfinite skip with --max-consecutive-skips, or a --loss-scale"
         )

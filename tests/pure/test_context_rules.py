@@ -26,7 +26,7 @@ CASES: list[tuple[str, str, int, str]] = [
         "context_dropout",
         "--context-parallel-size 2 --fused-attention-dropout",
         2,
-        "`--fused-attention-dropout` cannot go with `--context-parallel-size 2`, whose attention has no kernel that draws "
+        "`--fused-attention-dropout` conflicts with `--context-parallel-size 2`, whose attention has no kernel that draws "
         "masks; legal: leave it out, or --attention-dropout 0",
     ),
 ]

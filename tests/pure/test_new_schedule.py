@@ -110,7 +110,7 @@ def test_dry_run_rules_and_drawing_know_what_a_new_row_says(project):
         ),
         (
             compiled,
-            "`--pipeline-schedule vee` cannot go with `--compile`: it computes weight gradients apart from the layers, which "
+            "`--pipeline-schedule vee` conflicts with `--compile`: it computes weight gradients apart from the layers, which "
             "would break their graph; legal: backwards, gpipe, 1f1b or interleaved, or leave out --compile",
         ),
         (
@@ -129,7 +129,7 @@ def test_dry_run_rules_and_drawing_know_what_a_new_row_says(project):
 def test_chunks_of_its_own_and_chosen_ones_do_not_go_together():
     own = "--num-layers 4 --pipeline-model-parallel-size 2 --pipeline-schedule zb-v --num-layers-per-virtual-pipeline-stage 1"
     assert problems(own, 2) == [
-        "`--pipeline-schedule zb-v` always has 2 virtual stages on each rank, and cannot go with "
+        "`--pipeline-schedule zb-v` always has 2 virtual stages on each rank, and conflicts with "
         "`--num-layers-per-virtual-pipeline-stage 1`; legal: --pipeline-schedule interleaved, or leave one of them out"
     ]
 

@@ -19,12 +19,12 @@ CASES: list[tuple[str, str, str]] = [
     (
         "param_gather",
         "--overlap-param-gather --use-distributed-optimizer --compile",
-        "`--overlap-param-gather` cannot go with `--compile`, whose layers do not wait for their weights; leave one out",
+        "`--overlap-param-gather` conflicts with `--compile`, whose layers do not wait for their weights; leave one out",
     ),
     (
         "adam_kernel",
         "--adam-kernel foreach --optimizer sgd",
-        "`--adam-kernel foreach` cannot go with `--optimizer sgd`; legal: --optimizer adam",
+        "`--adam-kernel foreach` conflicts with `--optimizer sgd`; legal: --optimizer adam",
     ),
     ("adam_kernel", "--adam-kernel apex", "`--adam-kernel apex` needs apex, which is not installed; legal: fused, foreach"),
 ]

@@ -20,14 +20,14 @@ CASES: list[tuple[str, str, int, str]] = [
         "virtual_stages",
         "--pipeline-model-parallel-size 2 --pipeline-schedule 1f1b --num-layers-per-virtual-pipeline-stage 1",
         2,
-        "`--pipeline-schedule 1f1b` has no virtual stages, and cannot go with `--num-layers-per-virtual-pipeline-stage 1`; "
+        "`--pipeline-schedule 1f1b` has no virtual stages, and conflicts with `--num-layers-per-virtual-pipeline-stage 1`; "
         "legal: --pipeline-schedule interleaved, or leave one of them out",
     ),
     (
         "virtual_stages",
         "--num-layers 4 --pipeline-model-parallel-size 2 --pipeline-schedule zb-v --num-layers-per-virtual-pipeline-stage 1",
         2,
-        "`--pipeline-schedule zb-v` always has 2 virtual stages on each rank, and cannot go with "
+        "`--pipeline-schedule zb-v` always has 2 virtual stages on each rank, and conflicts with "
         "`--num-layers-per-virtual-pipeline-stage 1`; legal: --pipeline-schedule interleaved, or leave one of them out",
     ),
     (
@@ -82,7 +82,7 @@ CASES: list[tuple[str, str, int, str]] = [
         "split_backward",
         "--pipeline-model-parallel-size 2 --pipeline-schedule zb-h1 --compile",
         2,
-        "`--pipeline-schedule zb-h1` cannot go with `--compile`: it computes weight gradients apart from the layers, which "
+        "`--pipeline-schedule zb-h1` conflicts with `--compile`: it computes weight gradients apart from the layers, which "
         "would break their graph; legal: gpipe, 1f1b or interleaved, or leave out --compile",
     ),
 ]

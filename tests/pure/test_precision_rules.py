@@ -26,7 +26,7 @@ CASES: list[tuple[str, str, str]] = [
     (
         "dynamic_scale_skips",
         "--fp16 --on-nonfinite abort",
-        "`--on-nonfinite abort` cannot go with the dynamic loss scale of `--fp16`, which grows until it overflows; "
+        "`--on-nonfinite abort` conflicts with the dynamic loss scale of `--fp16`, which grows until it overflows; "
         "legal: --on-nonfinite skip with --max-consecutive-skips, or a --loss-scale",
     ),
     (

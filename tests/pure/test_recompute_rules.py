@@ -20,14 +20,14 @@ CASES: list[tuple[str, str, int, str]] = [
         "recompute_method",
         "--recompute-activations --recompute-method block",
         1,
-        "`--recompute-method block` cannot go with `--recompute-granularity selective`, which applies to every layer; "
+        "`--recompute-method block` conflicts with `--recompute-granularity selective`, which applies to every layer; "
         "legal: --recompute-granularity full",
     ),
     (
         "recompute_method",
         "--recompute-activations --recompute-num-layers 2",
         1,
-        "`--recompute-num-layers 2` cannot go with `--recompute-granularity selective`, which applies to every layer; "
+        "`--recompute-num-layers 2` conflicts with `--recompute-granularity selective`, which applies to every layer; "
         "legal: --recompute-granularity full",
     ),
     ("recompute_method", "--recompute-method uniform", 1, "`--recompute-method uniform` needs `--recompute-granularity full`"),
@@ -49,7 +49,7 @@ CASES: list[tuple[str, str, int, str]] = [
         "--distribute-saved-activations --recompute-granularity full --recompute-method block --sequence-parallel "
         "--tensor-model-parallel-size 2",
         2,
-        "`--distribute-saved-activations` cannot go with `--sequence-parallel`, which already shards these inputs; "
+        "`--distribute-saved-activations` conflicts with `--sequence-parallel`, which already shards these inputs; "
         "leave it out",
     ),
     (
@@ -64,7 +64,7 @@ CASES: list[tuple[str, str, int, str]] = [
         "compiled_recompute",
         "--recompute-activations --compile --fused-attention-dropout",
         1,
-        "`--recompute-granularity selective` cannot go with `--compile` and `--fused-attention-dropout`: the recomputation "
+        "`--recompute-granularity selective` conflicts with `--compile` and `--fused-attention-dropout`: the recomputation "
         "would draw another mask; legal: --recompute-granularity full, or leave one of them out",
     ),
 ]

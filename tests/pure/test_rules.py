@@ -128,13 +128,13 @@ CASES: list[tuple[str, str, int, str]] = [
         "one_unit",
         "--lr-decay-samples 9",
         1,
-        "`--lr-decay-samples 9` cannot go with `--train-iters`: iterations and samples do not mix",
+        "`--lr-decay-samples 9` conflicts with `--train-iters`: iterations and samples do not mix",
     ),
     (
         "one_unit",
         "--lr-warmup-iters 9 --train-samples 99 --no:train-iters",
         1,
-        "`--lr-warmup-iters 9` cannot go with `--train-samples`: iterations and samples do not mix",
+        "`--lr-warmup-iters 9` conflicts with `--train-samples`: iterations and samples do not mix",
     ),
     (
         "warm_up",
@@ -153,7 +153,7 @@ CASES: list[tuple[str, str, int, str]] = [
         "weight_decay_growth",
         "--start-weight-decay 0.1",
         1,
-        "`--start-weight-decay 0.1` cannot go with `--weight-decay-incr-style constant`; "
+        "`--start-weight-decay 0.1` cannot be combined with `--weight-decay-incr-style constant`; "
         "legal: --weight-decay-incr-style linear or cosine",
     ),
     (

@@ -22,11 +22,11 @@ CASES = [
     ),
     (
         "--lr-decay-style WSD --lr-wsd-decay-samples 4",
-        "`--lr-wsd-decay-samples 4` cannot go with `--train-iters`: iterations and samples do not mix",
+        "`--lr-wsd-decay-samples 4` conflicts with `--train-iters`: iterations and samples do not mix",
     ),
     (
         f"--lr-decay-style WSD --lr-wsd-decay-iters 4 {SAMPLES}",
-        "`--lr-wsd-decay-iters 4` cannot go with `--train-samples`: iterations and samples do not mix",
+        "`--lr-wsd-decay-iters 4` conflicts with `--train-samples`: iterations and samples do not mix",
     ),
     (
         "--lr-decay-style WSD --lr-wsd-decay-iters 7 --lr-warmup-iters 4",

@@ -101,7 +101,7 @@ CASES = [
     (
         2,
         f"--num-layers 8 {COUNT} 3 --pipeline-schedule zb-v",
-        f"`--pipeline-schedule zb-v` always has 2 virtual stages on each rank, and cannot go with `{COUNT} 3`; legal: "
+        f"`--pipeline-schedule zb-v` always has 2 virtual stages on each rank, and conflicts with `{COUNT} 3`; legal: "
         "--pipeline-schedule interleaved, or leave one of them out",
     ),
     (
@@ -112,7 +112,7 @@ CASES = [
     (
         2,
         f"--num-layers 8 {EACH} 2 {FIRST} 2",
-        f"`{FIRST} 2` cannot go with `{EACH} 2`: the virtual stages do not all have the same number of layers; legal: {COUNT}",
+        f"`{FIRST} 2` conflicts with `{EACH} 2`: the virtual stages do not all have the same number of layers; legal: {COUNT}",
     ),
     (
         2,
