@@ -1,1 +1,1 @@
-"""A process and its job: environment, signals, store, watchdog, and how it ends."""
+"""The start and end of a process in a job: launch environment, device, store, signals, watchdog, exit status."""

@@ -1,4 +1,4 @@
-"""Reconstruct the command that started this process, and the one that starts it on several, as a user types them."""
+"""Reconstruct the command that started this process as the user typed it, and the torchrun command for several processes."""
 
 from __future__ import annotations
 
@@ -16,45 +16,45 @@ def typed_command(program: str, argv: Sequence[str], env: LaunchEnvironment) -> 
     """Return the command that started this process as the user typed it, including the launcher.
 
     Args:
-        program: name of the entry script, for a command that cannot be determined.
-        argv: its arguments.
-        env: the launcher's environment of this process.
+        program: name of the entry script, used if the command cannot be determined.
+        argv: arguments of the entry script.
+        env: the launch environment of this process.
 
     Returns:
         The words of the command; `[program, *argv]` if it cannot be determined.
     """
-    seen = list(sys.orig_argv)
-    # torchrun is the parent process of its ranks, and /proc holds its words, each terminated by a null byte.
+    command = list(sys.orig_argv)
+    # torchrun is the parent process of its ranks; /proc shows its command line, each argument followed by a null byte.
     if env.launcher == "torchrun":
         with suppress(OSError):
-            seen = Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8", errors="replace").split("\0")[:-1]
+            command = Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8", errors="replace").split("\0")[:-1]
     elif env.launcher == "srun":
-        seen = ["srun", *seen]
-    # Another program, such as a test, may have called `main` with its own arguments.
-    ours = bool(argv) and len(seen) > len(argv) and seen[-len(argv) :] == list(argv)
-    return seen if ours else [program, *argv]
+        command = ["srun", *command]
+    # Another program, such as a test, may have called `main` with arguments that were not on its own command line.
+    is_ours = bool(argv) and len(command) > len(argv) and command[-len(argv) :] == list(argv)
+    return command if is_ours else [program, *argv]
 
 
 def torchrun_command(processes: int, program: str, argv: Sequence[str]) -> list[str]:
-    """Return the torchrun command that starts this program, which plain python has started, on several processes.
+    """Return the torchrun command for this program, which was started by plain python, on several processes.
 
     Args:
         processes: number of processes to start.
-        program: name of the entry script, for a command that cannot be determined.
-        argv: its arguments.
+        program: name of the entry script, used if the command cannot be determined.
+        argv: arguments of the entry script.
 
     Returns:
         The words of the command.
     """
-    seen = list(sys.orig_argv)
-    at = len(seen) - len(argv) - 1
-    if at < 1 or seen[at + 1 :] != list(argv):
+    command = list(sys.orig_argv)
+    script = len(command) - len(argv) - 1  # index of the script or module
+    if script < 1 or command[script + 1 :] != list(argv):
         return ["torchrun", "--nproc_per_node", str(processes), program, *argv]
-    # `python -m package.program`: torchrun takes -m as well.
-    module = ["-m"] if seen[at - 1] == "-m" else []
-    # In an environment that is not active, torchrun lies beside the Python that was named with its path.
-    named = "/" in seen[0]
-    beside = Path(seen[0]).with_name("torchrun") if named else Path("torchrun")
-    there = beside.exists() if named else shutil.which(beside) is not None
-    launcher = [str(beside)] if there else [seen[0], "-m", "torch.distributed.run"]
-    return [*launcher, "--nproc_per_node", str(processes), *module, *seen[at:]]
+    # `python -m package.program`: torchrun has the same flag.
+    module_flag = ["-m"] if command[script - 1] == "-m" else []
+    # If Python was started by its path, its environment may not be active, and torchrun is in the same directory.
+    has_path = "/" in command[0]
+    torchrun = Path(command[0]).with_name("torchrun") if has_path else Path("torchrun")
+    exists = torchrun.exists() if has_path else shutil.which(torchrun) is not None
+    launcher = [str(torchrun)] if exists else [command[0], "-m", "torch.distributed.run"]
+    return [*launcher, "--nproc_per_node", str(processes), *module_flag, *command[script:]]

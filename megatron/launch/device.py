@@ -1,7 +1,7 @@
 """Choose the device and the backend of each rank; all ranks compare their choices before the process group forms.
 
-A host whose driver has failed would choose gloo, while the others wait for it in NCCL. So every rank publishes its choice in
-the job's store, and rank 0 compares them. If they differ, all ranks end with one message.
+A rank whose GPU driver has failed would choose gloo, while the others wait for it in NCCL. So every rank publishes its choice
+in the job's store, and rank 0 compares them. If they do not fit together, all ranks end with the same message.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.errors import JobError
 
-MAX_HOSTS = 4  # hosts of one kind that a message names
+MAX_HOSTS = 4  # number of hosts with the same choice that a message names
+AGREED = "yes"  # rank 0's result of the comparison if there is no error message
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Hardware:
 
     Attributes:
         gpus: number of GPUs.
-        why: the reason why there is none; empty if there are some.
-        gpu_uuid: UUID of the only GPU, if it can be read; otherwise empty.
+        why: the reason why there is no GPU; empty if there are some.
+        gpu_uuid: UUID of the GPU if there is exactly one and it can be read; otherwise empty.
     """
 
     gpus: int
@@ -37,11 +38,11 @@ class Hardware:
 
     @classmethod
     def detect(cls) -> Hardware:
-        """Return the GPUs of this machine."""
+        """Return the GPUs that torch sees in this process."""
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if gpus:
             return cls(gpus, gpu_uuid=_gpu_uuid() if gpus == 1 else "")
-        return cls(0, _why_none())
+        return cls(0, _why_no_gpu())
 
 
 def _gpu_uuid() -> str:
@@ -52,31 +53,31 @@ def _gpu_uuid() -> str:
         return ""
 
 
-def _why_none() -> str:
+def _why_no_gpu() -> str:
     """Return the reason why torch sees no GPU."""
     if torch.version.cuda is None and torch.version.hip is None:
         return "torch is built without CUDA"
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return "CUDA_VISIBLE_DEVICES is empty"
     try:
-        # The driver reports the reason only when it is initialised.
+        # The driver reports its problem only when torch initializes it.
         torch.cuda.init()  # type: ignore[no-untyped-call]
-    except Exception as error:  # of any class, depending on the driver
+    except Exception as error:  # the class depends on the driver
         return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-    return "torch sees none"
+    return "torch finds none"
 
 
 @dataclass(frozen=True)
 class DeviceChoice:
-    """The device and backend that one rank would take.
+    """The device and backend that one rank would use.
 
     Attributes:
-        host: name of its host.
+        host: name of the rank's host.
         device: type of the device, `cuda` or `cpu`.
         backend: `nccl` or `gloo`.
         why: the reason for the choice.
-        gpu_uuid: UUID of its GPU, if NCCL needs it for this rank alone; otherwise empty.
-        problem: why the backend of the command is impossible; empty if it is possible.
+        gpu_uuid: UUID of the rank's GPU, if it must not be shared and its number does not identify it; otherwise empty.
+        problem: why the command's backend cannot be used; empty if it can.
     """
 
     host: str
@@ -88,12 +89,12 @@ class DeviceChoice:
 
 
 def device_and_backend(env: LaunchEnvironment, backend: str | None, gpus: int) -> tuple[torch.device, str]:
-    """Return device and backend: nccl with one GPU per process of the host, else gloo.
+    """Return device and backend; by default nccl if the host has a GPU for each of its processes, else gloo.
 
     Args:
-        env: the launcher's environment of this process.
-        backend: the backend that the command names; None for none.
-        gpus: number of GPUs that the process sees.
+        env: the launch environment of this process.
+        backend: the backend that the command names; None for the default.
+        gpus: number of GPUs that this process sees.
 
     Raises:
         ValueError: the command names nccl, and there are fewer GPUs than processes.
@@ -108,89 +109,92 @@ def device_and_backend(env: LaunchEnvironment, backend: str | None, gpus: int) -
     return device, backend or ("nccl" if gpus and enough else "gloo")
 
 
-def choose_rank_device(env: LaunchEnvironment, asked: str | None, found: Hardware) -> tuple[torch.device, DeviceChoice]:
-    """Return the device that this rank would take, and its choice for the comparison with the other ranks.
+def choose_rank_device(env: LaunchEnvironment, backend: str | None, hardware: Hardware) -> tuple[torch.device, DeviceChoice]:
+    """Return the device that this rank would use, and its choice in the form that ranks compare.
 
     Args:
-        env: the launcher's environment of this process.
-        asked: the backend that the command names; None for none.
-        found: the GPUs that this process sees.
+        env: the launch environment of this process.
+        backend: the backend that the command names; None for the default.
+        hardware: the GPUs that this process sees.
     """
-    # SLURM may show each task only its own GPU, which is then device 0.
-    alone = env.launcher == "srun" and found.gpus == 1 and env.local_size > 1
-    host, gpus = os.uname().nodename, found.gpus
-    why = f"it has {gpus} GPU(s) for {env.local_size} process(es)" if gpus else f"it has no GPU: {found.why}"
+    host, gpus = os.uname().nodename, hardware.gpus
+    why = f"it has {gpus} GPU(s) for {env.local_size} process(es)" if gpus else f"it has no GPU: {hardware.why}"
+    # SLURM may show each task only its own GPU, as device 0; the task then chooses as if it were alone on its host.
+    sees_own_gpu = env.launcher == "srun" and gpus == 1 and env.local_size > 1
+    visible_env = LaunchEnvironment(env.rank, env.world_size) if sees_own_gpu else env
     try:
-        device, backend = device_and_backend(LaunchEnvironment(env.rank, env.world_size) if alone else env, asked, gpus)
+        device, chosen = device_and_backend(visible_env, backend, gpus)
     except ValueError as error:
-        return torch.device("cpu"), DeviceChoice(host, "cpu", asked or "gloo", why, problem=str(error))
-    return device, DeviceChoice(host, device.type, backend, why, found.gpu_uuid if alone and backend == "nccl" else "")
+        return torch.device("cpu"), DeviceChoice(host, "cpu", backend or "gloo", why, problem=str(error))
+    gpu_uuid = hardware.gpu_uuid if sees_own_gpu and chosen == "nccl" else ""
+    return device, DeviceChoice(host, device.type, chosen, why, gpu_uuid)
 
 
 def agree_on_devices(store: Any, env: LaunchEnvironment, own: DeviceChoice, timeout: timedelta) -> None:
-    """Publish this rank's choice, and wait for rank 0's comparison of all choices. Collective.
+    """Publish this rank's choice, and wait until rank 0 has compared all choices. Collective.
 
     Args:
         store: the job's key-value store.
-        env: the launcher's environment of this process.
+        env: the launch environment of this process.
         own: this rank's choice.
-        timeout: time that all ranks together have to publish theirs.
+        timeout: time within which all ranks must publish their choices.
 
     Raises:
-        JobError: with status 2, the same on all ranks, if the choices do not fit together; with status 1 if ranks are missing.
+        JobError: the choices do not fit together (on all ranks, status 2), or ranks are missing (on rank 0, status 1).
     """
-    store.set(f"means {env.rank}", json.dumps(asdict(own)))
+    store.set(f"device {env.rank}", json.dumps(asdict(own)))
     if env.rank == 0:
-        keys = [f"means {rank}" for rank in range(env.world_size)]
+        keys = [f"device {rank}" for rank in range(env.world_size)]
         try:
             store.wait(keys, timeout)
         except RuntimeError as error:
             missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
             raise JobError(
-                f"{describe_ranks(missing)} did not join the job in {timeout.total_seconds() / 60:g} minutes"
+                f"{describe_ranks(missing)} did not join the job within {timeout.total_seconds() / 60:g} minutes"
             ) from error
-        store.set(
-            "means agreed", device_conflict([DeviceChoice(**json.loads(said)) for said in store.multi_get(keys)]) or "yes"
-        )
-    store.wait(["means agreed"], timeout)
-    verdict = store.get("means agreed").decode()
-    if verdict != "yes":
-        raise JobError(verdict, status=2)
+        choices = [DeviceChoice(**json.loads(record)) for record in store.multi_get(keys)]
+        store.set("devices agreed", device_conflict(choices) or AGREED)
+    store.wait(["devices agreed"], timeout)
+    result = store.get("devices agreed").decode()
+    if result != AGREED:
+        raise JobError(result, status=2)
 
 
 def device_conflict(choices: Sequence[DeviceChoice]) -> str | None:
-    """Return why ranks with these choices, by rank, cannot work together; None if they can."""
-    if any(one.problem for one in choices):
-        return "; ".join(f"{who}: {one.problem}" for who, one in _alike(choices) if one.problem)
-    if len({(one.device, one.backend) for one in choices}) > 1:
-        kinds = "; ".join(f"{who} would take {one.device} and {one.backend}, since {one.why}" for who, one in _alike(choices))
+    """Return why ranks cannot work together; None if they can. choices: the choice of each rank, by rank."""
+    groups = list(_group_hosts(choices))
+    if any(choice.problem for choice in choices):
+        return "; ".join(f"{hosts}: {choice.problem}" for hosts, choice in groups if choice.problem)
+    if len({(choice.device, choice.backend) for choice in choices}) > 1:
+        listed = [f"{hosts} would use {choice.device} and {choice.backend}, since {choice.why}" for hosts, choice in groups]
         return (
-            f"the hosts of this job differ: {kinds}. Mend what is wrong or leave those hosts out; --distributed-backend gloo "
-            "lets processes share a GPU, and an empty CUDA_VISIBLE_DEVICES for all processes makes all compute on CPUs"
+            f"the hosts of this job differ: {'; '.join(listed)}. Repair or exclude the faulty hosts; or share GPUs between "
+            "processes with --distributed-backend gloo, or use CPUs everywhere, with an empty CUDA_VISIBLE_DEVICES on all hosts"
         )
-    # Each rank sees one GPU, as its device 0; only the UUID shows whether two ranks have the same one.
+    # Ranks that see a single GPU all know it as device 0; only the UUID shows whether it is the same one.
     gpu_ranks: dict[tuple[str, str], list[int]] = {}
-    for rank, one in enumerate(choices):
-        if one.gpu_uuid:
-            gpu_ranks.setdefault((one.host, one.gpu_uuid), []).append(rank)
+    for rank, choice in enumerate(choices):
+        if choice.gpu_uuid:
+            gpu_ranks.setdefault((choice.host, choice.gpu_uuid), []).append(rank)
     for (host, _), ranks in gpu_ranks.items():
         if len(ranks) > 1:
             return (
-                f"{describe_ranks(ranks)} on host {host} have one GPU together, which NCCL refuses. Give each its own "
-                "(srun --gpus-per-task 1), or share it with --distributed-backend gloo"
+                f"{describe_ranks(ranks)} on host {host} share one GPU, which NCCL does not support. Give each its own "
+                "(srun --gpus-per-task 1), or use --distributed-backend gloo"
             )
     return None
 
 
-def _alike(choices: Sequence[DeviceChoice]) -> Iterator[tuple[str, DeviceChoice]]:
-    """Group the hosts whose ranks chose alike; yield the description and one choice of each group.
+def _group_hosts(choices: Sequence[DeviceChoice]) -> Iterator[tuple[str, DeviceChoice]]:
+    """Group the ranks that made the same choice, and yield the hosts of each group, as text, and the choice.
 
-    The smallest group comes first, since its hosts are probably the faulty ones.
+    The group with the fewest hosts comes first, since these are probably the faulty ones.
     """
-    kinds: dict[tuple[str, ...], dict[str, list[int]]] = {}
-    for rank, one in enumerate(choices):
-        kinds.setdefault((one.device, one.backend, one.why, one.problem), {}).setdefault(one.host, []).append(rank)
-    for hosts in sorted(kinds.values(), key=len):
+    groups: dict[tuple[str, ...], dict[str, list[int]]] = {}  # choice -> host -> ranks
+    for rank, choice in enumerate(choices):
+        key = (choice.device, choice.backend, choice.why, choice.problem)
+        groups.setdefault(key, {}).setdefault(choice.host, []).append(rank)
+    for hosts in sorted(groups.values(), key=len):
         named = [f"{host} ({describe_ranks(ranks)})" for host, ranks in list(hosts.items())[:MAX_HOSTS]]
         more = len(hosts) - len(named)
         listed = ", ".join(named) + (f" and {more} more" if more else "")
@@ -198,7 +202,7 @@ def _alike(choices: Sequence[DeviceChoice]) -> Iterator[tuple[str, DeviceChoice]
 
 
 def describe_ranks(ranks: Sequence[int]) -> str:
-    """Return text for ranks: `rank 3`, `ranks 0 to 7`, `ranks 0, 4, 8`; for many, only the first and the last."""
+    """Return ranks as text: `rank 3`, `ranks 0 to 7`, `ranks 0, 4, 8`; of many, only the first and the last."""
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
     if len(ranks) > 2 and list(ranks) == list(range(ranks[0], ranks[0] + len(ranks))):

@@ -1,4 +1,4 @@
-"""Start and end every program, so that expected errors end it with one line instead of a traceback.
+"""Start and end every program so that expected errors print one line instead of a traceback.
 
     with loading():
         import torch
@@ -6,8 +6,8 @@
     if __name__ == "__main__":
         sys.exit(run_main(main))
 
-A program imports this before anything else. So this file needs only the standard library, and is valid Python 3.6: the error to
-report may be that the interpreter is too old, or that nothing is installed for it.
+A program imports this before anything else. This file needs only the standard library and is valid Python 3.6, since the error
+to report may be that the interpreter is too old, or that a dependency is not installed.
 """
 
 import os
@@ -21,23 +21,23 @@ from megatron.launch.packages import EXTRAS, REQUIRED, install_command
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    Kinds = type[Exception] | tuple[type[Exception], ...]
+    ErrorClasses = type[Exception] | tuple[type[Exception], ...]
 
 MIN_PYTHON = (3, 11)
-INTERRUPTED = 128 + signal.SIGINT  # exit statuses as shells have them
+INTERRUPTED = 128 + signal.SIGINT  # exit status, as shells define it
 
 
 @contextmanager
 def loading() -> "Iterator[None]":
-    """Import a program's modules inside the block. If Python is too old or lacks a package, print a line and raise SystemExit.
+    """Guard the imports in the block: if Python is too old or a package is missing, print a line and raise SystemExit.
 
     Ctrl-C ends the program silently, with status 130.
     """
     check_python()
-    # Otherwise torch's C++ code adds a warning of sixteen lines to the line in which a rank reports that another has left.
+    # Otherwise torch's C++ code adds sixteen lines of warning to the line that reports the end of another rank.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    quiet = "TORCHELASTIC_RUN_ID" in os.environ and not is_first_process()
-    if quiet:  # a SIGTERM now follows from the first process's mistake; torchrun reports all that do not end with 0
+    ends_quietly = "TORCHELASTIC_RUN_ID" in os.environ and not is_first_process()
+    if ends_quietly:  # SIGTERM then follows from an error that rank 0 reports; torchrun lists ranks with other statuses than 0
         signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
     try:
         yield
@@ -46,27 +46,33 @@ def loading() -> "Iterator[None]":
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     finally:
-        if quiet:
+        if ends_quietly:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def run_main(main: "Callable[..., int]", *arguments: object, wrong: "Kinds" = (), failed: "Kinds" = (), **named: object) -> int:
+def run_main(
+    main: "Callable[..., int]",
+    *arguments: object,
+    wrong: "ErrorClasses" = (),
+    failed: "ErrorClasses" = (),
+    **named: object,
+) -> int:
     """Run `main`, and return its exit status. Expected errors are printed in one line; others end with a traceback.
 
-    If the reader of the output leaves early, as `head` does, the program ends silently with the status of SIGPIPE.
+    If the reader of the output closes it early, as `head` does, the program ends silently with the status of SIGPIPE.
 
     Args:
-        main: the program.
+        main: function that runs the program.
         arguments: positional arguments of `main`.
-        wrong: classes of errors in the input of the program; exit status 2.
-        failed: classes of errors during its work; exit status 1.
-        named: named arguments of `main`.
+        wrong: expected classes of errors in the program's input; exit status 2.
+        failed: expected classes of errors during its work; exit status 1.
+        named: keyword arguments of `main`.
 
     Returns:
-        The exit status; `128 + SIGINT` after Ctrl-C.
+        The exit status, which is `128 + SIGINT` after Ctrl-C.
     """
     check_python()
-    # Imported here, since these modules need a newer Python than this one.
+    # Imported here, since these modules need a newer Python than this file.
     from megatron.files.side import piped_streams
     from megatron.launch.errors import JobError
     from megatron.launch.memory import out_of_memory_message
@@ -95,42 +101,42 @@ def run_main(main: "Callable[..., int]", *arguments: object, wrong: "Kinds" = ()
 
 
 def check_python() -> None:
-    """End the program with status 2 and a line if Python is older than the package needs."""
+    """End the program with a line and status 2 if Python is older than the package needs."""
     if sys.version_info < MIN_PYTHON:
         needed, found = (".".join(map(str, version[:3])) for version in (MIN_PYTHON, sys.version_info))
         exit_with_error(f"Python {needed} or newer is needed, and {sys.executable} is {found}: {activation_command()}")
 
 
 def missing_package(error: ModuleNotFoundError) -> str:
-    """Return the message for a dependency that is not installed; an empty text for a package that is none."""
+    """Return the message for a dependency that is not installed; an empty text if the module is no dependency."""
     name = (error.name or "").split(".")[0]
     if name not in REQUIRED and name not in EXTRAS:
         return ""
-    way = activation_command() if name in REQUIRED else f"run `{install_command(name)}`"
-    return f"{name} is not installed for {sys.executable}: {way}"
+    advice = activation_command() if name in REQUIRED else f"run `{install_command(name)}`"
+    return f"{name} is not installed for {sys.executable}: {advice}"
 
 
 def activation_command() -> str:
     """Return the advice on how to activate the environment `.venv` of this checkout, or to create it first."""
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     script = os.path.join(root, ".venv", "bin", "activate")
-    near = os.path.relpath(script)
-    activate = f"`source {script if near.startswith(os.pardir) else near}`"
+    relative = os.path.relpath(script)
+    activate = f"`source {script if relative.startswith(os.pardir) else relative}`"
     return f"run {activate} first" if os.path.exists(script) else f"run `make install` first, and then {activate}"
 
 
 def exit_with_error(message: str) -> NoReturn:
-    """End the program with status 2; the first process prints the message."""
+    """End the program with status 2; only the first process prints the message."""
     if is_first_process():
         sys.stderr.write(f"error: {message}\n")
     sys.exit(2)
 
 
 def is_first_process() -> bool:
-    """Return whether this is the first of the processes that a launcher has started, which prints for all."""
+    """Return whether this is the first process that the launcher started, which prints for all."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) in ("", "0")
 
 
 def _raise(error: Exception) -> NoReturn:
-    """Raise an error from within an expression."""
+    """Raise an error, as an expression."""
     raise error

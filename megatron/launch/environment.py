@@ -1,7 +1,7 @@
 """Read rank, world size and address of this process from its launcher's environment. Imports no torch.
 
 The same program runs under torchrun (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), as `srun python ...`
-(SLURM's own variables), and as plain `python` (one process, no process group at all).
+(SLURM's variables), and as plain `python` (one process, without a process group).
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-# Variables that differ between the processes of a job. A mistake in one of the other variables is found by all processes.
+# Variables that differ between the processes of a job. A mistake in any other variable is found by all processes.
 PER_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID")
-HOW = "leave these variables to torchrun or srun, or unset them for a single process"
+ADVICE = "leave these variables to torchrun or srun, or unset them for a single process"
 
 
 class LaunchEnvironmentError(ValueError):
     """The launcher's variables contradict each other, or are not numbers.
 
     Attributes:
-        own: the mistake may concern this process alone, so it must report it itself, whatever its rank.
+        own: this process alone may have found the mistake, so it must report it, whatever its rank.
     """
 
     def __init__(self, text: str, *, own: bool = False) -> None:
@@ -29,19 +29,19 @@ class LaunchEnvironmentError(ValueError):
 
 @dataclass(frozen=True)
 class LaunchEnvironment:
-    """The place of this process among the processes of the job, as its launcher describes it.
+    """The launcher's description of this process and its job.
 
     Attributes:
-        rank: number of this process among all.
+        rank: number of this process among all processes of the job.
         world_size: number of processes of the job.
-        local_rank: number of this process among those of its host.
+        local_rank: number of this process among those on its host.
         local_size: number of processes on this host.
         launcher: `torchrun`, `srun` or `python`.
-        address: host of rank 0, where the job's store is.
+        address: name or address of rank 0's host, which serves the job's store.
         port: port of the store.
         job: torchrun's id of the job; None under other launchers.
         attempt: number of restarts by torchrun so far.
-        blocking: CUDA_LAUNCH_BLOCKING is set, so launching a kernel returns only when the kernel has ended.
+        blocking: CUDA_LAUNCH_BLOCKING is set, so every CUDA kernel runs synchronously.
     """
 
     rank: int = 0
@@ -57,19 +57,19 @@ class LaunchEnvironment:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> LaunchEnvironment:
-        """Read the launcher's variables; LaunchEnvironmentError if they are wrong."""
+        """Read the launcher's variables; LaunchEnvironmentError if they are wrong or contradict each other."""
         blocking = environ.get("CUDA_LAUNCH_BLOCKING", "0") not in ("", "0")
-        return replace(cls._started(environ), blocking=blocking)
+        return replace(cls._from_launcher(environ), blocking=blocking)
 
     @classmethod
-    def _started(cls, environ: Mapping[str, str]) -> LaunchEnvironment:
-        """Return the environment of torchrun or srun, without `blocking`; that of a single process if neither is there."""
+    def _from_launcher(cls, environ: Mapping[str, str]) -> LaunchEnvironment:
+        """Read the variables of torchrun or srun, without `blocking`; without either, return that of a single process."""
         if "RANK" in environ or "WORLD_SIZE" in environ:
             world = _number(environ, "WORLD_SIZE", 1)
             rank = _position(environ, "RANK", world, "WORLD_SIZE", default=0 if world == 1 else None)
             local_world = _number(environ, "LOCAL_WORLD_SIZE", world)
             if not 0 < local_world <= world:
-                raise LaunchEnvironmentError(f"LOCAL_WORLD_SIZE is {local_world}, and WORLD_SIZE {world}: {HOW}")
+                raise LaunchEnvironmentError(f"LOCAL_WORLD_SIZE is {local_world}, and WORLD_SIZE {world}: {ADVICE}")
             return cls(
                 rank=rank,
                 world_size=world,
@@ -82,48 +82,48 @@ class LaunchEnvironment:
                 job=environ.get("TORCHELASTIC_RUN_ID"),
                 attempt=_number(environ, "TORCHELASTIC_RESTART_COUNT", 0),
             )
-        # A batch script has SLURM_PROCID as well, but only a step of srun has more than one task.
+        # A batch script has SLURM_PROCID as well, but only a step that srun started can have more than one task.
         if "SLURM_STEP_ID" in environ and _number(environ, "SLURM_STEP_NUM_TASKS", 1) > 1:
-            per_node = re.match(r"\d+", environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+            tasks_per_node = re.match(r"\d+", environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
             hosts = expand_hosts(environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_NODELIST", "127.0.0.1")))
-            # Steps of several jobs may share a host, so each gets a port that follows from its ids.
-            own_port = 20000 + (_number(environ, "SLURM_JOB_ID", 0) * 7 + _number(environ, "SLURM_STEP_ID")) % 12000
+            # Steps of several jobs may share a host, so each gets a port that is derived from its ids.
+            step_port = 20000 + (_number(environ, "SLURM_JOB_ID", 0) * 7 + _number(environ, "SLURM_STEP_ID")) % 12000
             world = _number(environ, "SLURM_STEP_NUM_TASKS")
             local_rank = _number(environ, "SLURM_LOCALID", 0)
             return cls(
                 rank=_position(environ, "SLURM_PROCID", world, "SLURM_STEP_NUM_TASKS"),
                 world_size=world,
                 local_rank=local_rank,
-                # The number of tasks on the first host. A host with more has at least local_rank + 1.
-                local_size=min(world, max(int(per_node.group()) if per_node else 1, local_rank + 1)),
+                # The number of tasks on the first host; on a host with more, at least local_rank + 1.
+                local_size=min(world, max(int(tasks_per_node.group()) if tasks_per_node else 1, local_rank + 1)),
                 launcher="srun",
                 address=environ.get("MASTER_ADDR") or hosts[0],
-                port=_port(environ, own_port),
+                port=_port(environ, step_port),
             )
         return cls()
 
 
 def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
-    """Read a variable that holds a number; LaunchEnvironmentError if it does not, or is missing and has no default."""
+    """Read a variable as an integer; LaunchEnvironmentError if it is not one, or is missing without a default."""
     text = environ.get(name)
     if text is None and default is not None:
         return default
     if text is None:
         raise LaunchEnvironmentError(
-            f"{name} is not set, though other variables of its launcher are: {HOW}", own=name in PER_RANK_VARIABLES
+            f"{name} is not set, though other variables of its launcher are: {ADVICE}", own=name in PER_RANK_VARIABLES
         )
     if not re.fullmatch(r"[0-9]{1,9}", text.strip()):
-        raise LaunchEnvironmentError(f"{name} is {text!r}, not a number: {HOW}", own=name in PER_RANK_VARIABLES)
+        raise LaunchEnvironmentError(f"{name} is {text!r}, not a number: {ADVICE}", own=name in PER_RANK_VARIABLES)
     return int(text)
 
 
 def _position(environ: Mapping[str, str], name: str, size: int, size_name: str, default: int | None = None) -> int:
-    """Read a number from 0 to below `size`, which is the value of the variable `size_name`."""
+    """Read a number from 0 to `size` - 1, where `size` is the value of the variable `size_name`."""
     if size < 1:
-        raise LaunchEnvironmentError(f"{size_name} is {size}; legal: 1 and above; {HOW}")
+        raise LaunchEnvironmentError(f"{size_name} is {size}; legal: 1 and above; {ADVICE}")
     number = _number(environ, name, default)
     if number >= size:
-        raise LaunchEnvironmentError(f"{name} is {number}, and {size_name} {size}; legal: 0 to {size - 1}; {HOW}", own=True)
+        raise LaunchEnvironmentError(f"{name} is {number}, and {size_name} {size}; legal: 0 to {size - 1}; {ADVICE}", own=True)
     return number
 
 
@@ -147,6 +147,6 @@ def expand_hosts(nodelist: str) -> list[str]:
         for part in ranges.split(","):
             low, _, high = part.partition("-")
             if not (low.isdecimal() and (high or low).isdecimal()):
-                raise LaunchEnvironmentError(f"SLURM_STEP_NODELIST is {nodelist!r}, which is no list of hosts: {HOW}")
+                raise LaunchEnvironmentError(f"SLURM_STEP_NODELIST is {nodelist!r}, which is not a list of hosts: {ADVICE}")
             hosts += [f"{before}{n:0{len(low)}d}{after}" for n in range(int(low), int(high or low) + 1)]
     return hosts

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-# Returns the message of an error, given the error and its rank, host and phase; None for one that needs its traceback.
+# Given an error, and its rank, host and phase as text, returns its message; None if the error needs a traceback.
 Explain = Callable[[BaseException, str], str | None]
-# Returns message and exit status of a job that a signal ends before it can save, given the signal's name and the rank.
-Early = Callable[[str, int], tuple[str, int]]
+# Given a signal's name and the rank, returns message and exit status of a job that the signal ends before it can save.
+DescribeEarlyStop = Callable[[str, int], tuple[str, int]]
 
 
 class JobError(Exception):
     """The processes cannot work together; the message says why, and no traceback is shown.
 
     Attributes:
-        status: the exit status; 2 if the command or a host must change.
+        status: the exit status; 2 if the user must change the command or a host.
     """
 
     def __init__(self, text: str, status: int = 1) -> None:
@@ -23,6 +23,6 @@ class JobError(Exception):
 
 
 class InputError(Exception):
-    """A file or setting of the command cannot be used; the message says why. Found before any process group; exit status 2."""
+    """A file or setting of the command cannot be used; the message says why. Raised before the ranks have joined; status 2."""
 
     status = 2

@@ -1,10 +1,10 @@
-"""The packages that this one depends on, and the commands that install them. Standard library only, for any Python 3.
+"""The packages that this one depends on, and the commands that install them. Uses the standard library only, of any Python 3.
 
-On the package index the name `megatron` belongs to another project, so the commands install this checkout.
+On PyPI the name `megatron` belongs to another project, so the commands install from this checkout.
 """
 
 REQUIRED = ("torch", "numpy", "safetensors", "tokenizers", "sentencepiece")
-EXTRAS = {
+EXTRAS = {  # optional module -> the extra of pyproject.toml that installs it
     "transformers": "hf",
     "tensorboard": "tensorboard",
     "zstandard": "zstd",
@@ -18,6 +18,6 @@ EXTRAS = {
 
 
 def install_command(module: str) -> str:
-    """Return the command that installs a module's package, to be typed in the project's directory; quoted for any shell."""
+    """Return the command that installs a module's package, to be run in the project's directory; quoted for any shell."""
     extra = EXTRAS.get(module)
     return f"pip install -e '.[{extra}]'" if extra else "pip install -e ."

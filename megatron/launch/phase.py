@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-Description = object  # the description of a phase: its str(), or the result of calling it
+Description = object  # describes a phase by its str(), or if it is a function, by that of its result
 
-COMPUTING = "computing"  # waits for no other rank; its limit follows from the longest of its kind
-DOING = "doing"  # may wait for other ranks; its limit is the job's timeout
-ALONE = "alone"  # waits for no other rank; its limit is the job's timeout
+# Modes of a phase, which determine its time limit.
+COMPUTING = "computing"  # does not wait for other ranks; the limit is a multiple of the longest earlier phase of its kind
+SHARED_WORK = "shared work"  # may wait for other ranks; the limit is the job's timeout
+LOCAL_WORK = "local work"  # does not wait for other ranks; the limit is the job's timeout
 WAITING = "waiting"  # waits for other ranks or for the device, without a limit
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """The present work of the main thread.
+    """The current work of the main thread.
 
     Attributes:
         since: start of the phase, `time.monotonic()`.
-        mode: COMPUTING, DOING, ALONE or WAITING.
-        kind: for COMPUTING, the kind whose durations are compared; otherwise empty.
-        what: the description; a function is called only when the description is needed.
+        mode: COMPUTING, SHARED_WORK, LOCAL_WORK or WAITING.
+        kind: kind of computation, whose durations are compared; empty in other modes.
+        what: the description, or a function that returns it and is called only when it is needed.
     """
 
     since: float
@@ -33,5 +34,5 @@ def describe_phase(what: Description) -> str:
     """Return the description of a phase as text."""
     try:
         return str(what()) if callable(what) else str(what)
-    except Exception as error:  # a wrong description must not end a healthy job
+    except Exception as error:  # an error in the description must not end a healthy job
         return f"a phase that cannot be described ({error})"

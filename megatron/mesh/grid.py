@@ -1,7 +1,7 @@
 """Map ranks to coordinates on the parallel axes and back, and group ranks along axes. Pure arithmetic, for any world size.
 
-The order is Megatron-LM's, with tensor parallelism fastest: rank = ((pp * DP + dp) * CP + cp) * TP + tp. So the ranks that
-communicate most are neighbours on a node.
+The order is Megatron-LM's, with tensor parallelism fastest: rank = ((pp * DP + dp) * CP + cp) * TP + tp, where DP, CP and TP
+are the sizes of the axes. So the ranks that communicate most are neighbours on a node.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron.config.schema import LayoutConfig
 
 AXES = ("pp", "dp", "cp", "tp")  # slowest to fastest
 
-# The axes of a mesh, each with the axes of the grid along which its ranks differ.
+# Axes of a `Mesh` -> axes of the grid along which the ranks of one group differ.
 MESH_AXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "tp": ("tp",),
@@ -30,13 +30,13 @@ MESH_AXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 
 def is_within_stage(axis: str) -> bool:
-    """Return whether all ranks of an axis share one pipeline stage, so that they hold the same list of parameters."""
-    return "pp" not in MESH_AXES.get(axis, ("pp",))
+    """Return whether each group of an axis is within a pipeline stage, so that its ranks have the same list of parameters."""
+    return "pp" not in MESH_AXES.get(axis, ("pp",))  # other axes of the mesh, such as `embedding`, connect stages
 
 
 def complementary_axes(axis: str) -> frozenset[str]:
-    """Return the axes of the grid, without pp, that are not part of `axis`: together they span all ranks of a stage."""
-    # Stages hold different parameters, so sums over the ranks of a stage never include the pipeline axis.
+    """Return the axes of the grid, without pp, that are not part of `axis`; together with it they span a stage's ranks."""
+    # Stages have different parameters, so no sum over the copies of a parameter includes the pipeline axis.
     return frozenset(AXES) - {"pp", *MESH_AXES[axis]}
 
 
@@ -58,14 +58,14 @@ class Grid:
 
     @classmethod
     def from_layout(cls, layout: LayoutConfig, world_size: int) -> Grid:
-        """Return the grid of a layout; data parallelism takes the remaining factor of the world size.
+        """Return the grid of a layout; the data-parallel size is the remaining factor of the world size.
 
         Raises:
-            ValueError: the other sizes do not divide the world.
+            ValueError: the product of the other sizes does not divide the world size.
         """
         tp, pp, cp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.context_parallel_size
         if world_size % (tp * pp * cp):
-            raise ValueError(f"{world_size} ranks do not divide by tp {tp} x pp {pp} x cp {cp}")
+            raise ValueError(f"{world_size} ranks are not divisible by tp {tp} x pp {pp} x cp {cp}")
         return cls(pp=pp, dp=world_size // (tp * pp * cp), cp=cp, tp=tp)
 
     @property
@@ -75,14 +75,14 @@ class Grid:
 
     @property
     def world_size(self) -> int:
-        """Number of ranks of the whole grid."""
+        """Number of ranks in the grid."""
         return prod(self.shape)
 
     def coordinate(self, rank: int) -> dict[str, int]:
-        """Return the coordinate of a rank on each axis.
+        """Return the coordinates of a rank, by axis.
 
         Raises:
-            ValueError: the rank is outside of the grid.
+            ValueError: the rank is outside the grid.
         """
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank {rank} is outside the grid of {self.world_size} ranks")
@@ -92,18 +92,20 @@ class Grid:
         return position
 
     def rank(self, **position: int) -> int:
-        """Return the rank at a coordinate; axes left out are at 0."""
+        """Return the rank at these coordinates, by axis; an axis that is not given has coordinate 0."""
         rank = 0
         for axis, size in zip(AXES, self.shape, strict=True):
             rank = rank * size + position.get(axis, 0)
         return rank
 
     def groups(self, *axes: str) -> Iterator[list[int]]:
-        """Yield every group of ranks that differ only along `axes`, in one fixed order, the same on all ranks."""
-        fixed = [a for a in AXES if a not in axes]
-        moving = [a for a in AXES if a in axes]
-        for here in product(*(range(getattr(self, a)) for a in fixed)):
-            yield [
-                self.rank(**dict(zip(fixed, here, strict=True)), **dict(zip(moving, there, strict=True)))
-                for there in product(*(range(getattr(self, a)) for a in moving))
-            ]
+        """Yield every group of ranks that differ only along `axes`. The order is the same on all ranks."""
+        fixed_axes = [axis for axis in AXES if axis not in axes]
+        group_axes = [axis for axis in AXES if axis in axes]
+        for fixed in self._coordinates(fixed_axes):
+            yield [self.rank(**fixed, **varying) for varying in self._coordinates(group_axes)]
+
+    def _coordinates(self, axes: list[str]) -> Iterator[dict[str, int]]:
+        """Yield all combinations of coordinates on some axes."""
+        for position in product(*(range(getattr(self, axis)) for axis in axes)):
+            yield dict(zip(axes, position, strict=True))

@@ -1,4 +1,4 @@
-"""Open the process groups of one rank, along each axis of the grid. The mesh is passed as an argument, never looked up."""
+"""Open the process groups of one rank, along each axis of the grid. A mesh is passed as an argument; there is no global one."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from megatron.mesh.grid import MESH_AXES, Grid
 
 @dataclass(frozen=True)
 class Axis:
-    """One rank's position in one group of ranks.
+    """One rank's group along an axis of the mesh, and its position there.
 
     Attributes:
-        name: name of the axis: `tp`, `dp_cp`.
+        name: name of the axis, such as `tp` or `dp_cp`.
         size: number of ranks in the group.
-        rank: this rank's number within the group.
+        rank: number of this rank within the group.
         ranks: global ranks of the group, in its order.
-        group: the process group; None when the group is this rank alone.
+        group: the process group; None if this rank is alone, or there is no job.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """The parallel axes of one rank: all that parallel code may know about the layout."""
+    """The parallel axes of one rank: the only description of the layout that parallel code uses."""
 
     grid: Grid
     rank: int
@@ -60,10 +60,10 @@ class Mesh:
     cp: Axis  # context parallelism: one sequence on several ranks
     dp: Axis  # data parallelism
     pp: Axis  # pipeline parallelism: stages, towards higher ranks
-    dp_cp: Axis  # gradients of a parameter are summed here, unless its spec names another axis
+    dp_cp: Axis  # data and context parallelism: gradients are summed here, unless the parameter's spec names another axis
     world: Axis  # all ranks
-    pp_back: Axis  # pp again, with separate communicators for tensors that are sent to lower ranks
-    embedding: Axis  # the ranks of a pipeline with the first and the last stage: copies of a tied matrix
+    pp_back: Axis  # the ranks of pp, with separate communicators for tensors that are sent to lower ranks
+    embedding: Axis  # the ranks of a pipeline with the first and the last stage, which have copies of a tied embedding
 
     @classmethod
     def build(
@@ -79,56 +79,56 @@ class Mesh:
         Args:
             grid: sizes of the axes.
             rank: this rank.
-            timeout: the timeout of a collective; default torch's.
-            ends: the pipeline ranks that own the first and the last stage.
-            watch: the watchdog, to which the group that is being opened is reported.
+            timeout: the timeout of a collective; None for torch's default.
+            ends: the pipeline ranks with the first and the last stage.
+            watch: the watchdog, to which the phases are reported; None reports nothing.
 
         Raises:
-            ValueError: the running job has another number of ranks than the grid.
-            JobError: a group does not open; the message names it.
+            ValueError: the job has another number of ranks than the grid.
+            JobError: a group cannot be opened; the message names it.
         """
         watch = watch or Watchdog()
         if dist.is_initialized() and dist.get_world_size() != grid.world_size:
-            raise ValueError(f"layout {grid} needs {grid.world_size} ranks, the job has {dist.get_world_size()}")
-        known: dict[tuple[int, ...], dist.ProcessGroup | None] = {}  # equal groups share one communicator
-        opening: dict[tuple[int, ...], str] = {}
+            raise ValueError(f"layout {grid} needs {grid.world_size} ranks, but the job has {dist.get_world_size()}")
+        shared: dict[tuple[int, ...], dist.ProcessGroup | None] = {}  # axes with the same ranks share one process group
+        to_open: dict[tuple[int, ...], str] = {}  # ranks -> name of the groups whose communicators are opened below
         axes: dict[str, Axis] = {}
 
-        def add(name: str, ranks: tuple[int, ...], groups: dict[tuple[int, ...], dist.ProcessGroup | None]) -> None:
+        def add_group(name: str, ranks: tuple[int, ...], groups: dict[tuple[int, ...], dist.ProcessGroup | None]) -> None:
             if ranks not in groups:
                 with naming_communicator(name, ranks, rank):
                     groups[ranks] = dist.new_group(list(ranks), timeout=timeout) if len(ranks) > 1 else None
-                # Transfers along the pipeline have a communicator for each pair of ranks, which `pipeline.transfer` opens.
+                # `pipeline.transfer` opens the communicators of pp_back, one for each pair of ranks.
                 if rank in ranks and len(ranks) > 1 and name != "pp_back":
-                    opening[ranks] = name
+                    to_open[ranks] = name
             if rank in ranks:
                 axes[name] = Axis(name, len(ranks), ranks.index(rank), ranks, groups[ranks])
 
-        # new_group is collective over the world: each rank creates all groups in one order, even those that it is not in.
-        for name, along in MESH_AXES.items():
-            for members in grid.groups(*along):
-                add(name, tuple(members), known)
+        # new_group is collective over the world: all ranks create all groups in the same order, even those without them.
+        for name, grid_axes in MESH_AXES.items():
+            for members in grid.groups(*grid_axes):
+                add_group(name, tuple(members), shared)
         for members in grid.groups("pp"):
-            add("pp_back", tuple(members), {})
+            add_group("pp_back", tuple(members), {})
             if rank in members:
                 axes["embedding"] = Axis.alone("embedding", rank)
-            add("embedding", tuple(sorted({members[end] for end in ends})), known)
-        # In the same order on all ranks: two ranks that opened groups in different orders would wait for each other for ever.
-        for ranks, name in opening.items():
+            add_group("embedding", tuple(sorted({members[end] for end in ends})), shared)
+        # The order is the same on all ranks: if two opened groups in different orders, they would wait for each other for ever.
+        for ranks, name in to_open.items():
             watch.doing(f"opening the communicator {name} of {describe_ranks(ranks)}")
             with naming_communicator(name, ranks, rank):
-                _open(known[ranks])
+                _open_communicator(shared[ranks])
         watch.idle()
         return cls(grid, rank, **axes)
 
     @classmethod
     def single(cls) -> Mesh:
-        """Return the mesh of one process: every axis has size 1, and no process group exists."""
+        """Return the mesh of a single process: every axis has size 1, without process groups."""
         return cls.build(Grid(), 0)
 
     def axis(self, name: str) -> Axis:
-        """Return the axis that a parameter's spec names; ValueError when the mesh has none of that name."""
-        axes = {own: axis for own, axis in vars(self).items() if isinstance(axis, Axis)}
+        """Return the axis of this name; ValueError if the mesh has none."""
+        axes = {field_name: axis for field_name, axis in vars(self).items() if isinstance(axis, Axis)}
         if name not in axes:
             raise ValueError(f"the mesh has no axis {name}; it has {', '.join(axes)}")
         return axes[name]
@@ -136,10 +136,10 @@ class Mesh:
 
 @contextmanager
 def naming_communicator(name: str, ranks: Sequence[int], rank: int) -> Iterator[None]:
-    """Turn a failure inside the block into a JobError that names the communicator.
+    """Turn a RuntimeError inside the block into a JobError that names the communicator.
 
     Args:
-        name: name of the axis.
+        name: name of the axis whose group is being opened.
         ranks: global ranks of the group.
         rank: this rank.
     """
@@ -150,10 +150,11 @@ def naming_communicator(name: str, ranks: Sequence[int], rank: int) -> Iterator[
         raise JobError(f"rank {rank} cannot open the communicator {name} of {describe_ranks(ranks)}: {why}") from error
 
 
-def _open(group: dist.ProcessGroup | None) -> None:
-    """Run a small collective, since NCCL sets a communicator up at its first use, and waits for the whole device then.
+def _open_communicator(group: dist.ProcessGroup | None) -> None:
+    """Open a group's communicator by a small collective, since NCCL opens it at its first use.
 
-    In the middle of a step that could be a deadlock, if the device is waiting for a rank that waits here.
+    NCCL then waits for all work of the device. In the middle of a step this can be a deadlock, if that work waits for another
+    rank, which waits in the same way.
     """
     on_gpu = dist.get_backend(group) == "nccl"
     token = torch.ones(1, device=torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu")  # [1]

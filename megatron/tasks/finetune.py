@@ -44,48 +44,48 @@ from megatron.train.source import StateSource
 
 
 def build_task(config: RunConfig, tokenizer: Tokenizer) -> Task:
-    """Build the task that a resolved configuration names, with the labels of its model. DataError without [CLS]."""
+    """Build the task of a resolved configuration, with its model's labels. DataError if the tokenizer has no [CLS]."""
     seq_length, labels = config.data.seq_length, config.model.labels
-    makers: dict[str, Callable[[], Task]] = {
+    builders: dict[str, Callable[[], Task]] = {
         "MNLI": partial(PairClassification, tokenizer, seq_length, MNLI, labels),
         "QQP": partial(PairClassification, tokenizer, seq_length, QQP, labels),
         "RACE": partial(Race, tokenizer, seq_length, labels),
         "SQUAD": partial(Squad, tokenizer, seq_length),
         "NER": partial(Tagging, tokenizer, seq_length, labels),
     }
-    return makers[config.task.task or ""]()
+    return builders[config.task.task or ""]()
 
 
 def prepare_finetuning(parsed: Parsed, watch: Watchdog) -> Prepared:
-    """Open the tokenizer, the checkpoint to start from and the examples. InputError if one of them cannot be used."""
+    """Open tokenizer, checkpoint and examples, and complete the configuration. InputError if a file cannot be used."""
     with as_input_error():
         config, notes = parsed.config, list(parsed.notes)
         watch.waiting("looking for a checkpoint")
         source = find_source(config.checkpoint)
-        tokenizer = _tokenizer(config, source)
-        model = replace(config.model, vocab_size=tokenizer.vocab_size, labels=_labels(config, source))
+        tokenizer = _open_tokenizer(config, source)
+        model = replace(config.model, vocab_size=tokenizer.vocab_size, labels=_choose_labels(config, source))
         config = replace(config, model=model)
         check_source(source, config)
         notes += check_save(source, config)
         watch.waiting("reading the samples")
         task = build_task(config, tokenizer)
         files = [EvaluationFile(path, task.read(path, training=False)) for path in config.task.valid_data]
-        size, training = config.batch.global_batch_size, None
-        held_out = PaddedExamples([example for file in files for example in file.examples], task, size)
-        # Each evaluation reads all examples, unless the user sets --eval-iters.
-        draw = len(held_out) // size
-        draw = min(draw, config.eval.eval_iters) if "eval.eval_iters" in parsed.set_by_user else draw
-        config = replace(config, eval=replace(config.eval, eval_iters=draw))
+        batch_size, training = config.batch.global_batch_size, None
+        held_out = PaddedExamples([example for file in files for example in file.examples], task, batch_size)
+        # Each validation reads all examples, unless the user sets --eval-iters.
+        eval_iters = len(held_out) // batch_size
+        eval_iters = min(eval_iters, config.eval.eval_iters) if "eval.eval_iters" in parsed.set_by_user else eval_iters
+        config = replace(config, eval=replace(config.eval, eval_iters=eval_iters))
         if not config.eval.skip_train:
             examples = [example for path in config.task.train_data for example in task.read(path, training=True)]
-            training = ShuffledEpochs(examples, config.task.epochs or 0, size, config.batch.seed)
-            config = _with_length(config, training, parsed)
+            training = ShuffledEpochs(examples, config.task.epochs or 0, batch_size, config.batch.seed)
+            config = _set_train_iters(config, training, parsed)
             check_schedule(source, config)
-            notes.append(f"{len(examples)} samples to train on, {config.batch.train_iters} iterations of {size}")
-        segments = config.model.num_token_types > 0
-        batches = ExampleCollator(BertCollator(config.data.seq_length, tokenizer.token("pad"), segments), task.rows)
+            notes.append(f"{len(examples)} samples to train on, {config.batch.train_iters} iterations of {batch_size}")
+        has_segments = config.model.num_token_types > 0
+        collator = ExampleCollator(BertCollator(config.data.seq_length, tokenizer.token("pad"), has_segments), task.rows)
         notes += task.notes
-    scorer = partial(TaskEvaluator, task, batches, files)
+    build_evaluator = partial(TaskEvaluator, task, collator, files)
     validation = held_out if config.eval.eval_iters else None
     return Prepared(
         config,
@@ -93,33 +93,33 @@ def prepare_finetuning(parsed: Parsed, watch: Watchdog) -> Prepared:
         tokenizer,
         source,
         (training, validation, None),
-        batches,
-        scorer=scorer if files else None,
-        score_interval=None if training is None else training.epoch_size // size,
-        final=partial(score_final_model, scorer),
+        collator,
+        scorer=build_evaluator if files else None,
+        score_interval=None if training is None else training.epoch_size // batch_size,
+        final=partial(score_final_model, build_evaluator),
     )
 
 
-def _tokenizer(config: RunConfig, source: StateSource) -> Tokenizer:
-    """Return the tokenizer of the command, else the checkpoint's."""
+def _open_tokenizer(config: RunConfig, source: StateSource) -> Tokenizer:
+    """Return the tokenizer that the command names, else the checkpoint's; DataError if there is neither."""
     if config.tokenizer.tokenizer_type is not None:
         return build_tokenizer(config.tokenizer)
     tokenizer = open_tokenizer(source.directory) if source.directory is not None else None
     if tokenizer is None:
-        raise DataError(f"{source.directory} holds no tokenizer: name the one it was trained with, with --tokenizer-type")
+        raise DataError(f"{source.directory} has no tokenizer: give the one of its training by --tokenizer-type")
     return tokenizer
 
 
-def _labels(config: RunConfig, source: StateSource) -> tuple[str, ...]:
-    """Return the labels: those of the task; for tags, those of a fine-tuned checkpoint, else those of the training data."""
+def _choose_labels(config: RunConfig, source: StateSource) -> tuple[str, ...]:
+    """Return the task's labels; for tagging, those of a fine-tuned checkpoint, else all tags of the data files."""
     if config.model.task_head != "tags":
         return config.model.labels
     saved = source.saved.model if source.saved is not None else config.model
     return saved.labels if saved.task_head == "tags" else collect_labels(config.task.train_data or config.task.valid_data)
 
 
-def _with_length(config: RunConfig, training: ShuffledEpochs, parsed: Parsed) -> RunConfig:
-    """Return the configuration with the iterations of all epochs; it validates after each epoch by default."""
+def _set_train_iters(config: RunConfig, training: ShuffledEpochs, parsed: Parsed) -> RunConfig:
+    """Return the configuration with the iterations of all epochs and, unless set, a validation after each epoch."""
     iterations_per_epoch = training.epoch_size // config.batch.global_batch_size
     interval = config.eval.eval_interval if "eval.eval_interval" in parsed.set_by_user else iterations_per_epoch
     config = replace(
@@ -136,95 +136,97 @@ def _with_length(config: RunConfig, training: ShuffledEpochs, parsed: Parsed) ->
 
 @dataclass(frozen=True)
 class EvaluationFile:
-    """The examples of one file of --valid-data."""
+    """One file of --valid-data, and its examples."""
 
     path: str
     examples: Sequence[Example]
 
 
 class TaskEvaluator:
-    """Answers every example of the evaluation files with the run's model, on its layout, and scores the answers."""
+    """Computes the answers of the run's model to all examples of the evaluation files, on any layout, and scores them."""
 
-    def __init__(self, task: Task, batches: ExampleCollator, files: Sequence[EvaluationFile], run: Run) -> None:
-        self.task, self.batches, self.files, self.run = task, batches, files, run
+    def __init__(self, task: Task, collator: ExampleCollator, files: Sequence[EvaluationFile], run: Run) -> None:
+        self.task, self.collator, self.files, self.run = task, collator, files, run
         placement = plan_stages(run.config).placement
         self.model = Pipeline(run.config.model, run.stages, placement, run.pipeline.channels)
 
     def __call__(self, training: Training) -> dict[str, Any] | None:
-        """Return scores and answers of each file as JSON values. Collective. None if the run is asked to stop."""
-        results, every = [], []
+        """Return scores and answers of each file as JSON values; None if the run is asked to stop. Collective."""
+        results, all_answers = [], []
         for file in self.files:
-            answers = self._answers(file.examples, training)
+            answers = self._compute_answers(file.examples, training)
             if answers is None:
                 return None
             score = self.task.score(file.examples, answers)
-            training.log(self._line(Path(file.path).name, score))
-            named = self.task.list_answers(file.examples, answers)
-            results.append({"path": file.path, **score.metrics, **score.counts, "answers": named})
-            every += answers
+            training.log(self._format_line(Path(file.path).name, score))
+            named_answers = self.task.list_answers(file.examples, answers)
+            results.append({"path": file.path, **score.metrics, **score.counts, "answers": named_answers})
+            all_answers += answers
         if len(results) > 1:
-            # Files can have examples of the same name, as SQuAD 1.1 and 2.0 do.
+            # Names are made unique, since files can contain the same names, as SQuAD 1.1 and 2.0 do.
             examples = [
                 replace(example, name=f"{n}:{example.name}") for n, file in enumerate(self.files) for example in file.examples
             ]
-            score = self.task.score(examples, every)
-            training.log(self._line("overall", score))
+            score = self.task.score(examples, all_answers)
+            training.log(self._format_line("overall", score))
         return {"files": results, **score.metrics, **score.counts}
 
     @torch.no_grad()
-    def _answers(self, examples: Sequence[Example], training: Training) -> list[Any] | None:
-        """Return the answer to each example, on every rank; data-parallel ranks share the work. None if the run is to stop."""
+    def _compute_answers(self, examples: Sequence[Example], training: Training) -> list[Any] | None:
+        """Return the answers to all examples on every rank; None if the run is asked to stop. Collective."""
         dp, size = self.run.mesh.dp, self.run.config.batch.micro_batch_size
-        source, block = PaddedExamples(examples, self.task, size * dp.size), size * dp.size
-        mine: list[Any] = []
+        block_size = size * dp.size  # a micro-batch for each data-parallel rank
+        padded = PaddedExamples(examples, self.task, block_size)
+        own_answers: list[Any] = []
         self.model.eval()
         try:
-            for first in range(0, len(source), block):
+            for first in range(0, len(padded), block_size):
                 if training.should_stop():
                     return None
                 self.run.job.watch.doing("evaluating the task")
                 numbers = range(first + dp.rank * size, first + (dp.rank + 1) * size)
-                # [rows, classes], [rows, seq, tags], or [2, rows, seq] of a span
-                logits = self.model.task_logits(self.batches(source, numbers, numbers).to(self.run.job.device)).cpu()
-                mine += [self._answer(examples, n, row) for n, row in zip(numbers, self._split_examples(logits), strict=True)]
+                batch = self.collator(padded, numbers, numbers).to(self.run.job.device)
+                # [batch, classes], [batch, seq, tags], or for spans [2, batch, seq]
+                logits = self.model.task_logits(batch).cpu()
+                for number, example_logits in zip(numbers, self._split_examples(logits), strict=True):
+                    own_answers.append(self._decode(examples, number, example_logits))
         finally:
             for stage in self.run.stages.values():
                 stage.train(True)
-        parts = [mine]  # the answers of each data-parallel rank
+        answers_by_rank = [own_answers]
         if dp.group is not None:
-            parts = [[] for _ in range(dp.size)]
-            dist.all_gather_object(parts, mine, group=dp.group)
-        # Restore the order of the examples: in each block, one part of every data-parallel rank follows the other.
-        blocks = [part[first : first + size] for first in range(0, len(mine), size) for part in parts]
-        answers = [answer for block in blocks for answer in block][: len(examples)]
+            answers_by_rank = [[] for _ in range(dp.size)]
+            dist.all_gather_object(answers_by_rank, own_answers, group=dp.group)
+        # Restore the order of the examples, whose blocks consist of one micro-batch of each data-parallel rank.
+        starts = range(0, len(own_answers), size)
+        answers = [answer for start in starts for part in answers_by_rank for answer in part[start : start + size]]
+        del answers[len(examples) :]  # the padding
         if None in answers:
-            what = f"the answer to {examples[answers.index(None)].name} is not a number"
-            raise TrainingError(
-                f"{what}: the model's weights are damaged, or its training diverged; go on from another checkpoint"
-            )
+            what = f"the model's output for {examples[answers.index(None)].name} is NaN"
+            raise TrainingError(f"{what}: its weights are damaged, or its training diverged; start from another checkpoint")
         return answers
 
     def _split_examples(self, logits: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Split the logits of a batch into those of each example. For spans the batch is dimension 1: `[2, rows, seq]`."""
+        """Split the logits of a batch by example. For spans the batch is dimension 1: `[2, batch, seq]`."""
         return logits.unbind(1) if self.run.config.model.task_head == "span" else logits.unbind(0)
 
-    def _answer(self, examples: Sequence[Example], number: int, logits: torch.Tensor) -> Any:
-        """Return the answer to one example; None for padding of the last batch, and for logits that are NaN."""
+    def _decode(self, examples: Sequence[Example], number: int, logits: torch.Tensor) -> Any:
+        """Return the answer to one example; None for padding, or if a logit is NaN."""
         return None if number >= len(examples) or logits.isnan().any() else self.task.decode(examples[number], logits)
 
-    def _line(self, name: str, score: TaskScore) -> str:
-        """Return the line about a score, in Megatron-LM's words."""
-        config, done = self.run.config, self.run.state.iteration
-        per_epoch = max(1, config.batch.iterations // (config.task.epochs or 1))
-        text = f" >> |epoch: {done // per_epoch if config.batch.train_iters else 0}| {name}: "
+    def _format_line(self, name: str, score: TaskScore) -> str:
+        """Return the line about the score of a file, in Megatron-LM's format."""
+        config, iteration = self.run.config, self.run.state.iteration
+        epoch_iterations = max(1, config.batch.iterations // (config.task.epochs or 1))
+        text = f" >> |epoch: {iteration // epoch_iterations if config.batch.train_iters else 0}| {name}: "
         text += f"correct / total = {score.counts['correct']} / {score.counts['total']}"
         return text + "".join(f", {metric} = {value:.4f} %" for metric, value in score.metrics.items())
 
 
-def score_final_model(scorer: Callable[[Run], TaskEvaluator], training: Training) -> None:
-    """Score the finished model, and write the results to a file. Collective. After a stop, the next start does it."""
+def score_final_model(build_evaluator: Callable[[Run], TaskEvaluator], training: Training) -> None:
+    """Score the model at the end of training, and write the results to --results-path. Collective."""
     run = training.run
-    results = scorer(run)(training) if run.config.task.valid_data else None
+    results = build_evaluator(run)(training) if run.config.task.valid_data else None
     path = run.config.task.results_path
     if results is not None and path is not None and run.job.is_main:
         write_results(path, {"task": run.config.task.task, "iteration": run.state.iteration, **results})
@@ -232,7 +234,7 @@ def score_final_model(scorer: Callable[[Run], TaskEvaluator], training: Training
 
 
 def write_results(path: str, results: dict[str, Any]) -> None:
-    """Write results to a JSON file, atomically. When the disk refuses, print them and raise TrainingError."""
+    """Write results to a JSON file atomically; if that fails, print them and raise TrainingError."""
     text = json.dumps(results, indent=1) + "\n"
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)

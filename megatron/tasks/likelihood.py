@@ -1,6 +1,6 @@
-"""Compute what lm-evaluation-harness requests: likelihoods of texts, and generated text; does not import its package.
+"""Answer the requests of lm-evaluation-harness, for log-probabilities and generated text, without importing its package.
 
-Tokens and windows are those of the harness's Hugging Face model, so that a checkpoint and its export get equal figures.
+Tokens and windows are those of the harness's Hugging Face model, so that a checkpoint and its export get equal results.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron.tasks.windows import Window, split_windows
 
 
 class LikelihoodModel(ScoringModel, Predictor, Protocol):
-    """A whole model that scores texts and continues them."""
+    """A model, on one rank or several, that scores texts and continues them."""
 
 
 @dataclass(frozen=True)
@@ -29,22 +29,22 @@ class Likelihoods:
 
     Attributes:
         model: the model.
-        tokenizer: its tokenizer.
+        tokenizer: tokenizer of the model.
         seq_length: tokens that the model reads at once.
         micro_batch_size: number of windows in one forward pass.
-        single: the data-parallel axis, of one rank.
+        dp: the data-parallel axis; all ranks share one model, so its size is 1.
     """
 
     model: LikelihoodModel
     tokenizer: Tokenizer
     seq_length: int
     micro_batch_size: int
-    single: Axis = field(default_factory=lambda: Axis.alone("dp"))
+    dp: Axis = field(default_factory=lambda: Axis.alone("dp"))
 
     def score_continuations(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """Score continuations of contexts.
 
-        A context that is too long is cut at its beginning; an empty one is replaced by the start token.
+        A context that is too long loses its beginning; an empty one is replaced by the start token.
 
         Returns:
             For each (context, continuation), the continuation's log-probability, and whether it is the most probable one.
@@ -52,39 +52,40 @@ class Likelihoods:
         Raises:
             DataError: a continuation has no token, or more than the model reads at once.
         """
-        found = []
+        windows = []
         for context, continuation in pairs:
             before, after = self.tokenize_pair(context, continuation)
             if not 1 <= len(after) <= self.seq_length:
                 raise DataError(
                     f"the continuation {quote_start(continuation)} has {len(after)} tokens; it must have 1 to "
-                    f"{self.seq_length}, what the model sees at once"
+                    f"{self.seq_length}, which the model reads at once"
                 )
-            found.append(Window([*before, *after][-self.seq_length - 1 :], len(after)))
-        return [(one.log_probability, one.hit) for one in self._scores(found)]
+            windows.append(Window([*before, *after][-self.seq_length - 1 :], len(after)))
+        return [(score.log_probability, score.hit) for score in self._score(windows)]
 
     def score_texts(self, texts: Sequence[str]) -> list[float]:
-        """Return each text's log-probability after the start token; long texts are scored in windows, every token once."""
-        owner: list[int] = []
-        found: list[Window] = []
+        """Return each text's log-probability after the start token; a long text is scored in windows, every token once."""
+        text_numbers: list[int] = []  # of each window
+        windows: list[Window] = []
         for number, text in enumerate(texts):
-            cut = list(split_windows([self.start, *self.tokenizer.tokenize(text)], self.seq_length, self.seq_length, full=True))
-            found += cut
-            owner += [number] * len(cut)
+            tokens = [self.start, *self.tokenizer.tokenize(text)]
+            new_windows = list(split_windows(tokens, self.seq_length, self.seq_length, full=True))
+            windows += new_windows
+            text_numbers += [number] * len(new_windows)
         sums = [0.0] * len(texts)  # the log-probability of a text is the sum over its windows
-        for number, one in zip(owner, self._scores(found), strict=True):
-            sums[number] += one.log_probability
+        for number, score in zip(text_numbers, self._score(windows), strict=True):
+            sums[number] += score.log_probability
         return sums
 
     def generate_until(self, prompt: str, stops: Sequence[str], max_tokens: int, sampling: Sampling, seed: int = 0) -> str:
-        """Return the text that the model generates after a prompt, up to and without the first of the stop strings.
+        """Return the text that the model generates after a prompt, up to but without the first stop string.
 
         Args:
-            prompt: the prompt; it is cut at its beginning if it leaves no room for `max_tokens`.
+            prompt: text to continue; it loses its beginning if it leaves no room for `max_tokens`.
             stops: strings that end the text.
             max_tokens: maximum number of generated tokens.
-            sampling: the rule by which tokens are chosen.
-            seed: seed of the sampling.
+            sampling: temperature and limits by which tokens are drawn.
+            seed: seed of the random numbers.
 
         Raises:
             DataError: `max_tokens` leaves no room for any prompt.
@@ -92,53 +93,53 @@ class Likelihoods:
         room = self.seq_length - max_tokens
         if room < 1:
             raise DataError(
-                f"{max_tokens} tokens to write leave no room for a prompt in the {self.seq_length} that the model sees at "
-                "once; set max_gen_toks in the task's generation_kwargs, or with --gen_kwargs"
+                f"{max_tokens} tokens to generate leave no room for a prompt in the {self.seq_length} that the model reads "
+                "at once; set max_gen_toks in the task's generation_kwargs, or with --gen_kwargs"
             )
         tokens = (self.tokenizer.tokenize(prompt) or [self.start])[-room:]
         check_vocabulary(tokens, self.model.config.known_vocab_size, f"the prompt {quote_start(prompt)}")
-        written: list[int] = []
-        text, stop = "", self.tokenizer.special.get("eod")
-        for token in generate_tokens(self.model, tokens, max_new_tokens=max_tokens, sampling=sampling, seed=seed, stop=stop):
-            written.append(token)
-            text = self.tokenizer.detokenize(written)  # of all tokens: one alone may be part of a character
-            if ends := [text.index(end) for end in stops if end and end in text]:
+        generated: list[int] = []
+        text, eod = "", self.tokenizer.special.get("eod")
+        for token in generate_tokens(self.model, tokens, max_new_tokens=max_tokens, sampling=sampling, seed=seed, stop=eod):
+            generated.append(token)
+            text = self.tokenizer.detokenize(generated)  # all tokens together, since one may be only a part of a character
+            if ends := [text.index(stop) for stop in stops if stop and stop in text]:
                 return text[: min(ends)]
         return text
 
     @property
     def start(self) -> int:
-        """The token before a text without a context: the begin-of-text token, else the end-of-document token."""
+        """The token that replaces an empty context: begin-of-text if the tokenizer has it, else end-of-document."""
         return self.tokenizer.token("bos" if "bos" in self.tokenizer.special else "eod")
 
     def tokenize_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Return context and continuation in tokens.
+        """Return the tokens of a context and of its continuation.
 
-        They are tokenised together, since a tokenizer can merge characters of both, and split where the context ends. Spaces at
-        the context's end go to the continuation.
+        They are tokenized together, since a tokenizer can merge characters of both, and split where the context ends. Spaces at
+        the end of the context become part of the continuation.
         """
         # " a" is one token in most vocabularies, while "a" after a token of spaces hardly ever occurs in training.
-        bare = context.rstrip()
-        if not bare:
+        stripped = context.rstrip()
+        if not stripped:
             return [self.start], self.tokenizer.tokenize(context + continuation)
-        before = self.tokenizer.tokenize(bare)
+        before = self.tokenizer.tokenize(stripped)
         both = self.tokenizer.tokenize(context + continuation)
         return both[: len(before)], both[len(before) :]
 
-    def _scores(self, found: Sequence[Window]) -> list[WindowScore]:
-        """Return the scores in the order of the windows.
+    def _score(self, windows: Sequence[Window]) -> list[WindowScore]:
+        """Return the scores of windows, in their order.
 
-        The longest are computed first, so that the windows of a micro-batch have similar lengths, and a lack of memory shows
-        early.
+        The longest windows are scored first, so that those of a micro-batch have similar lengths, and the first one needs the
+        most memory.
         """
         vocabulary = self.model.config.known_vocab_size
-        for window in found:
+        for window in windows:
             check_vocabulary(window.tokens, vocabulary, "the text")
-        order = sorted(range(len(found)), key=lambda number: -len(found[number].tokens))
-        made = score_windows(self.model, (found[number] for number in order), self.micro_batch_size, self.single)
-        by_number = dict(zip(order, made, strict=True))
-        check_finite(sum(one.log_probability for one in by_number.values()), "the checkpoint")
-        return [by_number[number] for number in range(len(found))]
+        order = sorted(range(len(windows)), key=lambda number: -len(windows[number].tokens))
+        scores = score_windows(self.model, (windows[number] for number in order), self.micro_batch_size, self.dp)
+        score_by_number = dict(zip(order, scores, strict=True))
+        check_finite(sum(score.log_probability for score in score_by_number.values()), "the checkpoint")
+        return [score_by_number[number] for number in range(len(windows))]
 
 
 def quote_start(text: str) -> str:

@@ -4,10 +4,9 @@ r"""Run lm-evaluation-harness (the package lm_eval, arXiv 2405.14782) on a check
     torchrun --nproc_per_node 4 -m megatron.tasks.lm_eval --load CKPT \
         --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --tasks hellaswag
 
-All flags that this program does not know are passed to lm_eval's command line; --output_path writes its JSON. In Python, after
-`register()`, the model is called "megatron": `lm_eval.simple_evaluate(model="megatron", model_args="load=CKPT", tasks=[...])`.
-Needs `pip install -e '.[eval]'`. On several processes, the first one runs lm_eval, and the others compute their parts of the
-model.
+Flags that this program does not know are passed to lm_eval's command line, such as --output_path, where it writes its JSON. In
+Python, after `register()`: `lm_eval.simple_evaluate(model="megatron", model_args="load=CKPT", tasks=[...])`. Needs
+`pip install -e '.[eval]'`. On several processes, rank 0 runs lm_eval, and the others compute their parts of the model.
 """
 
 from __future__ import annotations
@@ -43,11 +42,11 @@ from megatron.tasks.leader import LeaderModel, follow_leader
 from megatron.tasks.likelihood import Likelihoods
 from megatron.tasks.scoring import check_scoring_sizes, require_tokenizer
 
-NAME = "megatron"
-DEFAULT_MICRO_BATCH = 8
-DEFAULT_TOKENS = 256  # maximum length of a generated text: the harness's own default
-TIMEOUT_MINUTES = 24 * 60.0  # the other processes wait while the first one reads data sets and computes metrics
-INPUT_ERRORS = (CheckpointError, ConfigError, DataError)  # mistakes of the user, reported without a traceback
+MODEL_NAME = "megatron"  # name of our model class in the harness
+DEFAULT_MICRO_BATCH_SIZE = 8
+DEFAULT_MAX_TOKENS = 256  # maximum number of generated tokens, as in the harness
+TIMEOUT_MINUTES = 24 * 60.0  # the other ranks wait while rank 0 reads data sets and computes metrics
+INPUT_ERRORS = (CheckpointError, ConfigError, DataError)  # errors in the user's input, reported without a traceback
 
 
 def open_likelihoods(
@@ -56,18 +55,18 @@ def open_likelihoods(
     *,
     iteration: int | None = None,
     seq_length: int | None = None,
-    micro_batch_size: int = DEFAULT_MICRO_BATCH,
+    micro_batch_size: int = DEFAULT_MICRO_BATCH_SIZE,
     device: torch.device | str = "cpu",
 ) -> Likelihoods:
     """Open a checkpoint for scoring. Collective.
 
     Args:
         load: directory of checkpoints.
-        mesh: the ranks that share the model.
+        mesh: mesh of the ranks that share the model.
         iteration: iteration of the checkpoint; None for the newest.
         seq_length: tokens that the model reads at once; None for its maximum.
         micro_batch_size: number of windows in one forward pass.
-        device: this rank's device.
+        device: device of this rank.
 
     Raises:
         CheckpointError, ConfigError, DataError: the checkpoint cannot be scored.
@@ -78,12 +77,12 @@ def open_likelihoods(
     return Likelihoods(opened.model, require_tokenizer(opened), length, micro_batch_size)
 
 
-def harness_model(ready: Likelihoods | None = None) -> type[Any]:
-    """Return a model class of the harness for our checkpoints. ready: an open model to use instead of the arguments' one."""
+def harness_model(opened: Likelihoods | None = None) -> type[Any]:
+    """Return a model class of the harness for our checkpoints. Its objects use the model `opened`, if given, or open one."""
     from lm_eval.api.model import LM
 
     class MegatronLM(LM):  # type: ignore[misc, unused-ignore]
-        """A checkpoint as a model of the harness. The model_args are load (or pretrained), load_iteration and seq_length."""
+        """A checkpoint as a model of the harness; --model_args may set load (or pretrained), load_iteration, seq_length."""
 
         def __init__(
             self,
@@ -97,8 +96,8 @@ def harness_model(ready: Likelihoods | None = None) -> type[Any]:
             device: str | None = None,
         ) -> None:
             super().__init__()
-            if ready is not None:
-                self.model = ready
+            if opened is not None:
+                self.model = opened
                 return
             if (checkpoint := load or pretrained) is None:
                 raise ValueError("--model_args needs load=CKPT, the directory of a checkpoint")
@@ -108,53 +107,53 @@ def harness_model(ready: Likelihoods | None = None) -> type[Any]:
                 Mesh.single(),
                 iteration=load_iteration,
                 seq_length=seq_length,
-                micro_batch_size=int(str(batch_size)) if str(batch_size).isdigit() else DEFAULT_MICRO_BATCH,
+                micro_batch_size=int(str(batch_size)) if str(batch_size).isdigit() else DEFAULT_MICRO_BATCH_SIZE,
                 device=choose_device(device, gpus),
             )
 
         def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-            """Score continuations of contexts."""
+            """Return, for each request's context and continuation, log-probability and whether it is the most probable one."""
             return self.model.score_continuations([request.args for request in requests])
 
         def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-            """Score whole texts."""
+            """Return the log-probability of each request's text."""
             return self.model.score_texts([request.args[0] for request in requests])
 
         def generate_until(self, requests: Sequence[Any]) -> list[str]:
-            """Write texts after prompts."""
+            """Return the text that the model generates for each request's prompt."""
             return [generate_answer(self.model, *request.args) for request in requests]
 
         @property
         def tokenizer_name(self) -> str:
-            """A name for the tokenizer, by which the harness caches requests."""
+            """Digest of the tokenizer; the harness stores cached requests under it."""
             return self.model.tokenizer.digest()
 
     return MegatronLM
 
 
-def generate_answer(model: Likelihoods, prompt: str, asked: Mapping[str, Any]) -> str:
-    """Return the text for one request of the harness.
+def generate_answer(model: Likelihoods, prompt: str, arguments: Mapping[str, Any]) -> str:
+    """Return the generated text for one request of the harness.
 
     Args:
-        model: generates the text.
-        prompt: the prompt.
-        asked: the generation arguments of the request; greedy unless do_sample is true.
+        model: model and tokenizer.
+        prompt: text to continue.
+        arguments: the request's generation arguments; greedy unless do_sample is true.
     """
-    until = asked.get("until") or []
-    max_tokens = next(
-        (int(asked[name]) for name in ("max_gen_toks", "max_new_tokens", "max_tokens") if asked.get(name)), DEFAULT_TOKENS
-    )
+    stops = arguments.get("until") or []
+    limits = [arguments[name] for name in ("max_gen_toks", "max_new_tokens", "max_tokens") if arguments.get(name)]
+    max_tokens = int(limits[0]) if limits else DEFAULT_MAX_TOKENS
     sampling = Sampling(temperature=0.0)
-    if asked.get("do_sample"):
-        sampling = Sampling(asked.get("temperature", 1.0), int(asked.get("top_k", 0)), asked.get("top_p", 0.0))
-    return model.generate_until(prompt, [until] if isinstance(until, str) else list(until), max_tokens, sampling)
+    if arguments.get("do_sample"):
+        top_k, top_p = int(arguments.get("top_k", 0)), arguments.get("top_p", 0.0)
+        sampling = Sampling(arguments.get("temperature", 1.0), top_k, top_p)
+    return model.generate_until(prompt, [stops] if isinstance(stops, str) else list(stops), max_tokens, sampling)
 
 
-def register(ready: Likelihoods | None = None) -> None:
-    """Register the model "megatron" with lm_eval in this process. ImportError without the package."""
+def register(opened: Likelihoods | None = None) -> None:
+    """Register the model "megatron" with lm_eval in this process; see `harness_model`. ImportError without the package."""
     from lm_eval.api.registry import register_model
 
-    register_model(NAME)(harness_model(ready))
+    register_model(MODEL_NAME)(harness_model(opened))
 
 
 def main(argv: list[str]) -> int:
@@ -162,14 +161,13 @@ def main(argv: list[str]) -> int:
     parser = ToolParser(
         prog="python -m megatron.tasks.lm_eval",
         description="lm-evaluation-harness on a checkpoint of any layout",
-        epilog="Everything else goes to lm_eval: --tasks, --num_fewshot, --limit, --output_path, ...; see lm_eval --help.",
+        epilog="Other flags are passed to lm_eval: --tasks, --num_fewshot, --limit, --output_path, ...; see lm_eval --help.",
         allow_abbrev=False,
     )
     add_model_flags(parser)
-    parser.add_argument("--seq-length", type=int, help="tokens that the model sees at once; default all its positions")
-    parser.add_argument(
-        "--micro-batch-size", type=int, default=DEFAULT_MICRO_BATCH, help=f"texts in one pass (default {DEFAULT_MICRO_BATCH})"
-    )
+    parser.add_argument("--seq-length", type=int, help="tokens that the model reads at once (default: all its positions)")
+    size = DEFAULT_MICRO_BATCH_SIZE
+    parser.add_argument("--micro-batch-size", type=int, default=size, help=f"texts in one forward pass (default {size})")
     args, harness_args = parse_once(parser.parse_known_args, argv)
     env = LaunchEnvironment()
     try:
@@ -186,28 +184,28 @@ def main(argv: list[str]) -> int:
         return report_refusal(error, env)
     try:
         with job(env, timeout_minutes=TIMEOUT_MINUTES, explain=explain_refusal) as started:
-            own = device if env.world_size == 1 else started.device
+            rank_device = device if env.world_size == 1 else started.device
             mesh = Mesh.build(grid, env.rank, started.timeout, watch=started.watch)
-            run_on_ranks(args, harness_args, started, mesh, own)
+            run_on_ranks(args, harness_args, started, mesh, rank_device)
     except INPUT_ERRORS as error:
         return report_refusal(error, env)
     return 0
 
 
 def explain_refusal(error: BaseException, where: str) -> str | None:
-    """Return the message of a mistake of the user, which needs no traceback; None for any other error."""
+    """Return the message of an error in the user's input, which needs no traceback; None for any other error."""
     return str(error) if isinstance(error, INPUT_ERRORS) else None
 
 
 def run_on_ranks(args: argparse.Namespace, harness_args: Sequence[str], started: Job, mesh: Mesh, device: torch.device) -> None:
-    """Run lm_eval on the first process, with a model on all of them. Collective.
+    """Run lm_eval on rank 0, with the model on all ranks. Collective.
 
     Args:
-        args: the parsed flags of this program.
-        harness_args: the words of the command line that are passed to lm_eval.
-        started: the job.
-        mesh: the parallel axes.
-        device: this rank's device.
+        args: parsed flags of this program.
+        harness_args: command-line arguments for lm_eval.
+        started: the running job.
+        mesh: mesh of the ranks that share the model.
+        device: device of this rank.
     """
     model = open_likelihoods(
         args.load,
@@ -225,28 +223,28 @@ def run_on_ranks(args: argparse.Namespace, harness_args: Sequence[str], started:
         run_harness(Likelihoods(leader, model.tokenizer, model.seq_length, model.micro_batch_size), args.load, harness_args)
         leader.finish()
     else:
-        started.watch.waiting("lm-evaluation-harness on the first process")
+        started.watch.waiting("waiting for lm-evaluation-harness on rank 0")
         follow_leader(model.model, mesh.world)
 
 
 def run_harness(model: Likelihoods, load: str, harness_args: Sequence[str]) -> None:
-    """Run lm_eval's own command line with a model.
+    """Run lm_eval's command line with an open model.
 
     Args:
-        model: the model that answers the harness's requests.
-        load: directory of the checkpoint, for the results.
-        harness_args: the words of the command line.
+        model: model and tokenizer.
+        load: directory of checkpoints, which lm_eval records in its results.
+        harness_args: command-line arguments for lm_eval.
     """
     from lm_eval.__main__ import cli_evaluate
 
     register(model)
-    # The results name the checkpoint by --model_args, whose syntax does not allow some characters.
+    # lm_eval records --model_args in its results; their syntax does not allow a directory with some characters.
     model_args = [] if set(load) & set("=, ") else ["--model_args", f"load={load}"]
-    sys.argv = ["lm_eval", "--model", NAME, *model_args, *harness_args]
+    sys.argv = ["lm_eval", "--model", MODEL_NAME, *model_args, *harness_args]
     try:
         cli_evaluate()
-    except SystemExit as ended:
-        if ended.code:
+    except SystemExit as exit_request:
+        if exit_request.code:
             raise
 
 

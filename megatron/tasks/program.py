@@ -1,4 +1,4 @@
-"""Run a valid command of tasks/main.py: fine-tune a model, score a fine-tuned one, or evaluate a pretrained one."""
+"""Run a parsed command of tasks/main.py: fine-tune a model, score a fine-tuned one, or score a pretrained one zero-shot."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from megatron.train.source import StateSource
 
 
 def preview(parsed: Parsed) -> tuple[RunConfig, list[str]]:
-    """Return the configuration that a command would run, and lines about its files, for a dry run.
+    """Return the configuration that a command would use, and lines about its files, for a dry run.
 
     Raises:
         ConfigError: a file cannot be used.
@@ -44,37 +44,37 @@ def preview(parsed: Parsed) -> tuple[RunConfig, list[str]]:
         with as_input_error():
             model = config.model if source.directory is None else read_model_config(source.directory)
     except InputError as error:
-        raise ConfigError([Problem("what the command names", f"cannot be used: {error}")]) from error
+        raise ConfigError([Problem("a file of the command", f"cannot be used: {error}")]) from error
     return replace(config, model=model), list(source.lines)
 
 
-def start_task(parsed: Parsed, env: LaunchEnvironment, began: float, signals: StopSignals, early: EarlyStop) -> int:
-    """Start a task, and return the exit status.
+def start_task(parsed: Parsed, env: LaunchEnvironment, began: float, signals: StopSignals, early_stop: EarlyStop) -> int:
+    """Run a task, and return the exit status.
 
     Args:
         parsed: the parsed command line.
-        env: the launcher's description of this process.
+        env: the launch environment of this process.
         began: start of the program, `time.monotonic()`.
         signals: the signals that ask the job to stop.
-        early: ends a job that is stopped before the ranks have joined.
+        early_stop: returns message and exit status of a job that is stopped before it can save.
     """
     if TASKS[parsed.config.task.task or ""].head is not None:
-        return run_prepared(prepare_finetuning, parsed, env, began, signals, early)
+        return run_prepared(prepare_finetuning, parsed, env, began, signals, early_stop)
 
-    early.before = "the end of the evaluation"
+    early_stop.before = "the end of the evaluation"
 
-    def check(watch: Watchdog) -> RunConfig:
-        watch.waiting("reading the files")  # `waiting` phases have no time limit
+    def prepare(watch: Watchdog) -> RunConfig:
+        watch.waiting("reading the files")  # a `waiting` phase has no time limit
         check_inputs(parsed.config)
         return parsed.config
 
-    return run_in_job(check, evaluate_pretrained, parsed.config.layout, env, signals, early)
+    return run_in_job(prepare, evaluate_pretrained, parsed.config.layout, env, signals, early_stop)
 
 
 def check_inputs(config: RunConfig) -> StateSource:
-    """Check the files of the task, and return the checkpoint to evaluate; InputError if one of them cannot be used."""
+    """Check the files and the checkpoint of the task, and return the checkpoint. InputError if one cannot be used."""
     with as_input_error():
-        # Opened here only to find mistakes; `zero_shot` opens them again.
+        # Opened only to find errors in them; `zero_shot` opens the files again.
         open_sources(config.task.task or "", config.task.valid_data)
         source = find_source(config.checkpoint)
         check_source(source, config)
@@ -83,14 +83,14 @@ def check_inputs(config: RunConfig) -> StateSource:
 
 def evaluate_pretrained(config: RunConfig, job: Job) -> int:
     """Score a pretrained model, and return the exit status. Collective."""
-    task, out = config.task, sys.stdout if job.is_main else None
+    task, stream = config.task, sys.stdout if job.is_main else None
     with as_input_error():
         source = find_source(config.checkpoint)
-        print_lines(out, *source.lines, job.describe())
+        print_lines(stream, *source.lines, job.describe())
         grid = Grid.from_layout(config.layout, job.env.world_size)
         mesh = Mesh.build(grid, job.env.rank, job.timeout, watch=job.watch)
         job.watch.waiting("loading the checkpoint")
-        # In the dtype of the checkpoint, unless the command sets a precision.
+        # Without a 16-bit precision in the command, the model has the dtype of the checkpoint.
         dtype = Precision.from_config(config.precision).compute if config.precision.is_16bit else None
         opened = open_pipeline(source.directory or "", mesh, device=job.device, dtype=dtype)
         results = zero_shot(
@@ -103,9 +103,9 @@ def evaluate_pretrained(config: RunConfig, job: Job) -> int:
             strict=task.strict_lambada,
             micro_batch_size=config.batch.micro_batch_size,
             watch=job.watch,
-            log=partial(print_lines, out),
+            log=partial(print_lines, stream),
         )
     if task.results_path is not None and job.is_main:
         write_results(task.results_path, results)
-        print_lines(out, f"results: {task.results_path}")
+        print_lines(stream, f"results: {task.results_path}")
     return 0

@@ -1,4 +1,4 @@
-"""Examples of a task: rows of tokens, their answers and scores, and the order in which training reads them."""
+"""Examples of a task as rows of tokens, their scoring, and the order in which training reads them."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ class Example:
     """One example of a task.
 
     Attributes:
-        rows: input of the model, several rows for a choice, with the right answer in `labels` where `loss_mask` is true.
-        name: name of the example in its file, for results and messages.
-        truth: the right answer, as the score compares it; None if it is not known.
-        detail: further values that `Task.decode` needs.
+        rows: inputs of the model, one for each option of a choice, else a single one. Where `loss_mask` is true, `labels`
+            contains the right answer.
+        name: id of the example in its file, for results and messages.
+        truth: the right answer in the form that `Task.score` compares; None if it is not known.
+        detail: further values of the task, for `Task.decode` and `Task.score`.
     """
 
     rows: tuple[PairSample, ...]
@@ -37,11 +38,11 @@ class Example:
 
 @dataclass(frozen=True)
 class TaskScore:
-    """The score of some answers.
+    """The score of the answers to some examples.
 
     Attributes:
         metrics: metrics by name, in percent.
-        counts: the numbers from which they were computed, by name.
+        counts: numbers of examples or parts behind the metrics, by name.
     """
 
     metrics: dict[str, float]
@@ -49,7 +50,7 @@ class TaskScore:
 
 
 class Task(ABC):
-    """A task: reads published files as examples, which are rows of tokens, and scores the answers to them.
+    """A task: reads examples from files in their published format, and scores a model's answers to them.
 
     Args:
         tokenizer: a tokenizer with [CLS], [SEP] and padding.
@@ -62,12 +63,12 @@ class Task(ABC):
         DataError: the tokenizer lacks one of the tokens, or `seq_length` is too short for an example.
     """
 
-    rows: int = 1  # number of rows of each example
+    rows: int = 1  # number of rows in each example
     min_seq_length: int = 3  # room for one token between [CLS] and [SEP]
 
     def __init__(self, tokenizer: Tokenizer, seq_length: int) -> None:
         if seq_length < self.min_seq_length:
-            raise DataError(f"--seq-length {seq_length} has no room for a sample; legal: {self.min_seq_length} and above")
+            raise DataError(f"--seq-length {seq_length} is too short for a sample; legal: {self.min_seq_length} and above")
         self.tokenizer, self.seq_length = tokenizer, seq_length
         self.cls, self.sep = tokenizer.token("cls"), tokenizer.token("sep")
         self.notes: list[str] = []
@@ -78,10 +79,10 @@ class Task(ABC):
 
         Args:
             path: the file or directory.
-            training: leave out examples without a right answer.
+            training: the examples are for training, so each needs a right answer; the task refuses or leaves out others.
 
         Raises:
-            DataError: an entry is wrong; the message names file and line.
+            DataError: an entry is wrong; the message names its place in the file.
         """
 
     @abstractmethod
@@ -89,19 +90,19 @@ class Task(ABC):
         """Return the model's answer to one example as a JSON value, from its logits."""
 
     def list_answers(self, examples: Sequence[Example], answers: Sequence[Any]) -> list[dict[str, Any]]:
-        """Return the answers for the file of results, each with the name of its example."""
+        """Return the answers for --results-path as JSON values, each with the name of its example."""
         return [{"id": example.name, "answer": answer} for example, answer in zip(examples, answers, strict=True)]
 
     @abstractmethod
     def score(self, examples: Sequence[Example], answers: Sequence[Any]) -> TaskScore:
-        """Return the score of the answers to all of `examples`."""
+        """Return the score of `answers`, one for each of `examples`."""
 
     def build_pair(self, first: Sequence[int], second: Sequence[int], answer: int) -> PairSample:
-        """Return the row [CLS] first [SEP] second [SEP], cut at the end if it is too long, with the answer at [CLS].
+        """Return the row `[CLS] first [SEP] second [SEP]`, whose segments are cut to fit, with the answer at [CLS].
 
         Args:
-            first: ids of the first segment.
-            second: ids of the second segment; an empty one is left out with its [SEP].
+            first: token ids of the first segment.
+            second: token ids of the second segment; one that is empty, or has no room, is left out with its [SEP].
             answer: label of the pair.
         """
         tokens = [self.cls, *first[: self.seq_length - 2], self.sep]
@@ -114,9 +115,9 @@ class Task(ABC):
         """Return a row with right answers at some of its tokens.
 
         Args:
-            tokens: ids of the row.
-            first_length: number of tokens of the first segment.
-            answers: labels, by their position in the row.
+            tokens: token ids of the row.
+            first_length: number of tokens in the first segment, with [CLS] and [SEP].
+            answers: labels by position in the row.
         """
         labels = np.zeros(len(tokens), dtype=np.int64)  # [n]
         loss_mask = np.zeros(len(tokens), dtype=np.bool_)  # [n]
@@ -125,12 +126,12 @@ class Task(ABC):
         return PairSample(np.array(tokens, dtype=np.int64), labels, loss_mask, first_length, swapped=False)
 
     def padding_example(self) -> Example:
-        """Return an example that is masked everywhere, to fill the last batch."""
+        """Return an example without scored positions, to fill the last batch."""
         return Example((self.build_row([self.cls, self.sep], 2, {}),) * self.rows, "", None)
 
 
 class PaddedExamples(SampleSource):
-    """Examples in their order, padded at the end to a multiple of `multiple` with masked ones."""
+    """Examples in their order, padded at the end to a multiple of `multiple` with padding examples."""
 
     def __init__(self, examples: Sequence[Example], task: Task, multiple: int) -> None:
         self.examples, self.padding = examples, task.padding_example()
@@ -148,10 +149,10 @@ class PaddedExamples(SampleSource):
 
 
 class ShuffledEpochs(SampleSource):
-    """Examples reshuffled for each epoch: example i is a function of the seed and i.
+    """Examples in an order that is reshuffled for each epoch, and depends only on the seed and the epoch.
 
-    The last examples of an epoch that do not fill a global batch are left out, as in Megatron-LM; these differ in each epoch.
-    DataError if there are fewer examples than one global batch.
+    The last examples of an epoch that do not fill a global batch are left out, as in Megatron-LM; these differ from epoch to
+    epoch. The constructor raises a DataError if there are fewer examples than one global batch.
     """
 
     def __init__(self, examples: Sequence[Example], epochs: int, global_batch: int, seed: int) -> None:
@@ -165,11 +166,11 @@ class ShuffledEpochs(SampleSource):
         return self.epochs * self.epoch_size
 
     def __getitem__(self, number: int) -> Example:
-        epoch, place = divmod(number, self.epoch_size)
-        if epoch != self._epoch:  # a run reads in order, so only the current epoch's permutation is kept
+        epoch, position = divmod(number, self.epoch_size)
+        if epoch != self._epoch:  # training reads in order, so only the current epoch's permutation is stored
             self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.examples))
             self._epoch = epoch
-        return self.examples[int(self._order[place])]
+        return self.examples[int(self._order[position])]
 
     def locate(self, number: int, position: int) -> str:
         """Return the name of a sample, for a message about one of its tokens."""
@@ -178,11 +179,11 @@ class ShuffledEpochs(SampleSource):
 
 @dataclass(frozen=True)
 class ExampleCollator:
-    """Collates examples into a `Batch`: all rows of one example, then those of the next.
+    """Collates examples into a `Batch`: all rows of the first example, then those of the next.
 
     Attributes:
-        row_collator: collates rows.
-        rows: number of rows of each example.
+        row_collator: collates single rows.
+        rows: number of rows in each example.
     """
 
     row_collator: BertCollator
@@ -192,14 +193,14 @@ class ExampleCollator:
         """Collate examples into a micro-batch.
 
         Args:
-            dataset: yields examples.
-            indices: numbers of the examples in the dataset.
-            sample_ids: their numbers in the training order.
+            dataset: source of the examples.
+            indices: indices of the examples in the dataset.
+            sample_ids: numbers of the examples in the training order, which select their dropout masks.
 
         Returns:
-            Tensors `[examples * rows, seq]`.
+            A batch with tensors `[examples * rows, seq]`.
         """
         rows = [row for index in indices for row in dataset[index].rows]
-        # Each row gets its own number, so that its dropout masks differ from those of the others.
+        # Each row gets its own number, so that the dropout masks of an example's rows differ.
         row_ids = [sample_id * self.rows + row for sample_id in sample_ids for row in range(self.rows)]
         return self.row_collator.collate(rows, row_ids)

@@ -1,4 +1,4 @@
-"""Open the texts to score, from a plain file, JSON lines or an indexed dataset, and check them before a model is loaded."""
+"""Open texts to score, in a plain file, JSON lines or an indexed dataset, and check them before a model is loaded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TEXT_KEY = "text"
 
 @dataclass(frozen=True)
 class SourceText:
-    """A text, and its place for messages: `FILE` or `FILE:LINE`."""
+    """A text. where: its place for messages, `FILE` or `FILE:LINE`."""
 
     where: str
     text: str
@@ -28,13 +28,13 @@ class SourceText:
 
 @dataclass(frozen=True)
 class TokenizedDocument:
-    """A text in tokens.
+    """A tokenized text.
 
     Attributes:
-        where: its place, for messages.
+        where: its place for messages.
         tokens: its token ids.
-        words: number of words, separated by white space; 0 if only tokens are known.
-        bytes: number of bytes in UTF-8; 0 if only tokens are known.
+        words: number of words, separated by white space; 0 for a document of an indexed dataset.
+        bytes: number of bytes in UTF-8; 0 for a document of an indexed dataset.
     """
 
     where: str
@@ -46,18 +46,19 @@ class TokenizedDocument:
 class TextFile:
     """A plain text, which is one document, or JSON lines of the form {"text": ...}, one document each (.jsonl, .json).
 
-    It may be compressed. The whole file is read once when it is opened: DataError, with file and line, if it holds no text.
+    It may be compressed. The constructor reads the whole file to check it, and raises a DataError that names file and line.
     """
 
     has_text = True
 
     def __init__(self, file: str, *, lines: bool | None = None) -> None:
         self.file, self.lines = file, bare_name(file).endswith((".jsonl", ".json")) if lines is None else lines
-        if not sum(bool(text.text.strip()) for text in self.texts()):  # reads all texts, which checks them
+        # sum() reads all texts, which checks them; any() would stop at the first.
+        if not sum(bool(source.text.strip()) for source in self.texts()):
             raise DataError(f"{file}: there is no text in it")
 
     def texts(self) -> Iterator[SourceText]:
-        """Yield the texts, one after the other."""
+        """Yield the texts in order."""
         if self.lines:
             for block in read_blocks([self.file]):
                 for line in block:
@@ -69,12 +70,14 @@ class TextFile:
             yield SourceText(self.file, read_task_text(self.file))
 
     def documents(self, tokenizer: Tokenizer | None) -> Iterator[TokenizedDocument]:
-        """Return the texts in tokens, without special tokens. DataError at once if there is no tokenizer."""
+        """Return the tokenized texts, without special tokens; DataError, at once, if the tokenizer is None."""
         if tokenizer is None:
-            raise DataError(f"{self.file}: a text, and the checkpoint holds no tokenizer for it")
+            raise DataError(f"{self.file}: this is text, and the checkpoint contains no tokenizer for it")
         return (
-            TokenizedDocument(t.where, tokenizer.tokenize(t.text), len(t.text.split()), len(t.text.encode("utf-8")))
-            for t in self.texts()
+            TokenizedDocument(
+                source.where, tokenizer.tokenize(source.text), len(source.text.split()), len(source.text.encode("utf-8"))
+            )
+            for source in self.texts()
         )
 
 
@@ -90,26 +93,26 @@ class TokenFile:
             raise DataError(f"{self.file}: there are no tokens in it")
 
     def texts(self) -> Iterator[SourceText]:
-        """Raise a DataError: there is no text."""
-        raise DataError(f"{self.file}: an indexed dataset, which holds tokens and no text")
+        """Raise a DataError, since the dataset contains no text."""
+        raise DataError(f"{self.file}: an indexed dataset contains tokens, not text")
 
     def documents(self, tokenizer: Tokenizer | None) -> Iterator[TokenizedDocument]:
-        """Return the documents of the dataset, with their end-of-document tokens if they have some.
+        """Return the documents of the dataset, including their end-of-document tokens if there are any.
 
         Args:
-            tokenizer: the checkpoint's tokenizer; None if it holds none.
+            tokenizer: the checkpoint's tokenizer; None if it has none.
 
         Raises:
-            DataError: the dataset was made with another tokenizer; raised at once.
+            DataError: at once, if the dataset was made with another tokenizer.
         """
         if tokenizer is not None:
             check_tokenizer(self.dataset, tokenizer)
-        starts = self.dataset.documents.tolist()  # the sequence at which each document starts, and the end of the last
+        boundaries = self.dataset.documents.tolist()  # the first sequence of each document, then the number of sequences
         return (
             TokenizedDocument(
-                f"{self.file}, document {number}", [t for i in range(first, end) for t in self.dataset[i].tolist()]
+                f"{self.file}, document {number}", [token for i in range(first, end) for token in self.dataset[i].tolist()]
             )
-            for number, (first, end) in enumerate(pairwise(starts))
+            for number, (first, end) in enumerate(pairwise(boundaries))
         )
 
 
@@ -117,7 +120,7 @@ TextSource = TextFile | TokenFile
 
 
 def open_source(file: str) -> TextSource:
-    """Open the file or dataset of this name; DataError if it is missing or damaged."""
+    """Open a text file, or an indexed dataset by its prefix; DataError if it is missing or damaged."""
     if file.endswith((".bin", ".idx")) or (not os.path.exists(file) and os.path.exists(file + ".idx")):
         return TokenFile(file)
     return TextFile(file)

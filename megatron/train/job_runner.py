@@ -64,7 +64,9 @@ def run_in_job(
     timeout = layout.distributed_timeout_minutes
     log = partial(print_lines, sys.stdout if env.rank == 0 else None)
     with (
-        guarded(env, timeout, explain=explain_error, timeouts=timeouts, signals=signals, early=early_stop) as guard,
+        guarded(
+            env, timeout, explain=explain_error, timeouts=timeouts, signals=signals, describe_early_stop=early_stop
+        ) as guard,
         hold_lock(save, guard, env, log) as record_ranks,
     ):
         prepared = prepare(guard.watch)

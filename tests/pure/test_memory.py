@@ -41,7 +41,7 @@ def test_free_memory_of_a_control_group(tmp_path: Path) -> None:
         "sys/fs/cgroup/slurm/memory.max": f"{32 * GIB}\n",
     }
     found = kernel(tmp_path, meminfo(64, 48) | files)
-    assert found == HostMemory(7 * GIB, "the control group of this process has 8.0 GiB, of which 1.0 GiB are taken")
+    assert found == HostMemory(7 * GIB, "the control group of this process has 8.0 GiB, of which 1.0 GiB are used")
 
 
 def test_free_memory_of_a_container(tmp_path: Path) -> None:

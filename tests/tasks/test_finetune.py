@@ -151,7 +151,7 @@ def test_answers_that_are_no_numbers_are_an_error(bert, alone, tmp_path, monkeyp
     monkeypatch.setattr(Pipeline, "task_logits", lambda self, batch: real(self, batch) * float("nan"))
     asked = ["--task", "MNLI", "--load", alone("MNLI"), "--valid-data", bert.dev["MNLI"]]
     assert task(*asked, "--results-path", tmp_path / "r.json") == 1 and not (tmp_path / "r.json").exists()
-    assert "the answer to 0x is not a number" in capfd.readouterr().err
+    assert "the model's output for 0x is NaN" in capfd.readouterr().err
 
 
 def test_a_choice_computes_a_row_for_each_answer():

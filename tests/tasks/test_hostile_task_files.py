@@ -81,11 +81,11 @@ SQUAD = [
     (squad(answer_start=None), f": {QA}.answers[0]: it has no `answer_start` (its keys: text); expected SQuAD's JSON"),
     (
         squad(context=f"The fox {HALF}"),
-        r": data[0].paragraphs[0].context: it holds half of a surrogate pair, \ud83d at character 8",
+        r": data[0].paragraphs[0].context: it contains half of a surrogate pair, \ud83d at character 8",
     ),
-    (squad(question=HALF), f": {QA}.question: it holds half of a surrogate pair"),
-    (squad(id=HALF), f": {QA}.id: it holds half of a surrogate pair"),
-    (squad(text="\udc00"), f": {QA}.answers[0].text: it holds half of a surrogate pair"),
+    (squad(question=HALF), f": {QA}.question: it contains half of a surrogate pair"),
+    (squad(id=HALF), f": {QA}.id: it contains half of a surrogate pair"),
+    (squad(text="\udc00"), f": {QA}.answers[0].text: it contains half of a surrogate pair"),
     (squad(text=""), f": {QA}.answers[0].text: it is empty; a question without an answer has"),
     (squad(text=3), f": {QA}.answers[0].text: it is a number 3, not text"),
     (squad(id=[1]), f": {QA}.id: it is a list, not text"),
@@ -94,7 +94,7 @@ SQUAD = [
     (squad(answers={"text": ["fox"], "answer_start": [4]}), f": {QA}.answers: it is an object, not a list"),
     (squad(answers=[4]), f": {QA}.answers[0]: it is a number 4, not an object"),
     (squad(qas=None), ": data[0].paragraphs[0].qas: it is null, not a list"),
-    (squad(qas=[]), ": it holds no questions"),
+    (squad(qas=[]), ": it contains no questions"),
     (squad(data={}), ": data: it is an object, not a list"),
     (squad(data=[[]]), ": data[0]: it is a list, not an object"),
     (squad(data=[{HALF: 1}]), r": data[0]: it has no `paragraphs` (its keys: \ud83d)"),
@@ -107,7 +107,7 @@ SQUAD = [
     (squad()[:-9], ": it is not JSON: "),
 ]
 RACE = [
-    (race(article=HALF), ": article: it holds half of a surrogate pair"),
+    (race(article=HALF), ": article: it contains half of a surrogate pair"),
     (race(article=None), ": article: it is null, not text"),
     (race(questions=[HALF]), ": questions[0]: it holds half"),
     (race(options=[["a", "b", "c", HALF]]), ": options[0][3]: it holds half"),
@@ -115,7 +115,7 @@ RACE = [
     (race(options={}), ": options: it is an object, not a list"),
     (race(answers=[0]), ": answers[0]: it is a number 0, not text"),
     (race(answers=["E"]), ": answers[0]: it is 'E'; legal: A, B, C, D"),
-    (race(answers=["A", "B"]), ": it has 1 questions, 1 options, 2 answers, which should be as many of each"),
+    (race(answers=["A", "B"]), ": it has 1 questions, 1 options, 2 answers, whose numbers should be equal"),
     ("[" * 100_000, ": it is not JSON: it is nested too deeply"),
 ]
 MNLI_HEAD = "pairID\tsentence1\tsentence2\tgold_label\n"
@@ -164,7 +164,7 @@ def test_a_wrong_value_is_named_with_its_place(number: int, readers: dict[str, R
     task, text, rule = TEXTS[number]
     (tmp_path / "wrong.txt").write_text(text)
     if task == "NER" and not text.strip():
-        with pytest.raises(DataError, match="it holds no words"):
+        with pytest.raises(DataError, match="it contains no words"):
             readers["NER"](tmp_path / "wrong.txt")
         return
     assert said(readers[task], tmp_path / "wrong.txt").removeprefix(str(tmp_path / "wrong.txt")).startswith(rule)

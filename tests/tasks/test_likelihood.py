@@ -123,7 +123,7 @@ def test_requests_that_cannot_be_scored_are_refused(asked, model):
         asked.score_continuations([("ma", "")])
     with pytest.raises(DataError, match="has 41 tokens; it must have 1 to 40"):
         asked.score_continuations([("ma", "x" * 41)])
-    with pytest.raises(DataError, match="256 tokens to write leave no room for a prompt in the 40"):
+    with pytest.raises(DataError, match="256 tokens to generate leave no room for a prompt in the 40"):
         generate_answer(asked, "ma", {})
     damaged = open_on_ranks(str(model / "run"), 1, 1)[0].model
     with torch.no_grad():

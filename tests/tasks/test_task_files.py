@@ -59,7 +59,7 @@ def test_mnli_and_qqp(words, tmp_path):
     )
     task = PairClassification(words, 32, QQP, ("0", "1"))
     assert [(i.name, i.truth) for i in task.read(str(tmp_path / "qqp.tsv"), training=True)] == [("7", "1"), ("9", "0")]
-    assert task.notes == [f"{tmp_path}/qqp.tsv: 1 lines left out that have not 6 columns, the first is 3"]
+    assert task.notes == [f"{tmp_path}/qqp.tsv: 1 lines without 6 columns are left out; the first is line 3"]
     (tmp_path / "test.tsv").write_text("id\tquestion1\tquestion2\n0\ttom\tann\n")
     (item,) = task.read(str(tmp_path / "test.tsv"), training=False)
     assert (
@@ -85,7 +85,7 @@ def test_what_windows_programs_leave_in_a_file(words, tmp_path):
 def test_a_row_has_room_for_a_sample(words):
     for make, shortest in ((lambda n: Tagging(words, n, ("O",)), 3), (lambda n: Squad(words, n), 8)):
         make(shortest)
-        with pytest.raises(DataError, match=f"--seq-length {shortest - 1} has no room for a sample; legal: {shortest} and"):
+        with pytest.raises(DataError, match=f"--seq-length {shortest - 1} is too short for a sample; legal: {shortest} and"):
             make(shortest - 1)
 
 
@@ -109,7 +109,7 @@ def squad_file(path, context: str, answers: list[tuple[str, int]], impossible: b
 
 
 def test_squad_looks_through_windows(words, tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron.tasks.squad.STRIDE", 4)
+    monkeypatch.setattr("megatron.tasks.squad.MAX_STRIDE", 4)
     context = "ann holds a cup then tom has a red hat ."
     path = squad_file(tmp_path / "s.json", context, [("red hat", context.index("red"))])
     task = Squad(words, 16)
@@ -169,7 +169,7 @@ def test_tags_stand_at_first_pieces(words, tmp_path):
     task = Tagging(words, 4, labels)
     first, second = task.read(str(tmp_path / "t.txt"), training=True)
     assert tokens_in_words(words, first.rows[0]) == "[CLS] tom [UNK] [SEP]" and scored_labels(first.rows[0]) == {1: 2, 2: 0}
-    assert task.notes == [f"{tmp_path}/t.txt: 1 words lie beyond --seq-length 4"]
+    assert task.notes == [f"{tmp_path}/t.txt: 1 words are cut off by --seq-length 4"]
     logits = torch.zeros(4, 3)
     logits[1, 2] = logits[2, 1] = 1.0
     answers = [task.decode(item, logits) for item in (first, second)]
@@ -209,7 +209,7 @@ def test_a_sentence_that_is_too_long_loses_its_end(words, tmp_path):
     task = Tagging(words, 5, ("O",))
     (item,) = task.read(str(tmp_path / "t.txt"), training=False)
     assert tokens_in_words(words, item.rows[0]) == "[CLS] tom [SEP]" and list(item.detail) == [0]
-    assert task.notes == [f"{tmp_path}/t.txt: 2 words lie beyond --seq-length 5"]
+    assert task.notes == [f"{tmp_path}/t.txt: 2 words are cut off by --seq-length 5"]
 
 
 def test_every_epoch_has_each_sample_at_most_once():
@@ -230,10 +230,10 @@ ASKED = '{"id": 1, "question": "who ?", "answers": [{"text": "c", "answer_start"
 TWICE = f'{{"data": [{{"paragraphs": [{{"context": "c", "qas": [{ASKED}, {ASKED}]}}]}}]}}'
 BROKEN = [
     ("MNLI", "", "names no column pairID, sentence1, sentence2"),
-    ("MNLI", "pairID\tsentence1\tsentence2\tgold_label\n", "holds no samples"),
+    ("MNLI", "pairID\tsentence1\tsentence2\tgold_label\n", "contains no samples"),
     ("MNLI", "pairID\tsentence1\tsentence2\tgold_label\n1\ta\tb\tmaybe\n", ":2: gold_label is 'maybe'; legal: contradiction"),
     ("SQUAD", "nonsense", ": it is not JSON: Expecting value: line 1 column 1 (char 0); expected SQuAD's JSON"),
-    ("SQUAD", '{"data": []}', "holds no questions"),
+    ("SQUAD", '{"data": []}', "contains no questions"),
     (
         "SQUAD",
         '{"data": [{"paragraphs": [{"context": "c", "qas": [{"id": 1}]}]}]}',
@@ -242,7 +242,7 @@ BROKEN = [
     (
         "SQUAD",
         ("a red hat", [("hat", 2)]),
-        ".qas[0].answers[0]: the paragraph has no 'hat' at character 2, where answer_start says, but 'red'",
+        ".qas[0].answers[0]: at character 2, its answer_start, the paragraph has 'red' instead of 'hat'",
     ),
     ("SQUAD", ("a red hat", []), ": data[0].paragraphs[0].qas[0]: it has no answer: a test file cannot be trained on"),
     (
@@ -257,7 +257,7 @@ BROKEN = [
     ),
     ("SQUAD", TWICE, ".qas[1]: its id '1' is that of data[0].paragraphs[0].qas[0] as well"),
     ("NER", "tom\n", ":1: 'tom' is not a word and its tag"),
-    ("NER", "\n\n", "holds no words"),
+    ("NER", "\n\n", "contains no words"),
 ]
 
 
@@ -284,7 +284,7 @@ def test_broken_files_are_named(name, content, message, words, tmp_path):
         ("{}", "1.txt: it has no `article` (its keys: none); expected RACE's JSON"),
         (
             '{"article": "a", "questions": ["q"], "options": [["a", "b"]], "answers": ["A"]}',
-            ": options[0]: it holds 2 options; legal: 4",
+            ": options[0]: it has 2 options; legal: 4",
         ),
         (
             '{"article": "a", "questions": ["q"], "options": [[1, 2, 3, 4]], "answers": ["A"]}',
@@ -298,5 +298,5 @@ def test_broken_race_is_named(content, message, words, tmp_path):
     with pytest.raises(DataError, match=r"1\.txt") as caught:
         Race(words, 32, "ABCD").read(str(tmp_path), training=True)
     assert message in str(caught.value)
-    with pytest.raises(DataError, match="holds no questions"):
+    with pytest.raises(DataError, match="contains no questions"):
         Race(words, 32, "ABCD").read(str(tmp_path / "nothing"), training=True)

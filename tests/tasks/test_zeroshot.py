@@ -310,7 +310,7 @@ def test_sizes_and_tasks_that_make_no_sense(whole, files):
     assert "--seq-length 0" in refused(whole, "PERPLEXITY", [text], ConfigError, seq_length=0)
     assert "names 2 files" in refused(whole, "WIKITEXT103", [text, text], ConfigError)
     assert "is missing" in refused(whole, "PERPLEXITY", [], ConfigError)
-    assert "`--task RACE` is no zero-shot task" in refused(whole, "RACE", [text], ConfigError)
+    assert "`--task RACE` is not a zero-shot task" in refused(whole, "RACE", [text], ConfigError)
 
 
 def test_checkpoints_that_cannot_be_scored(whole, files, tmp_path):

@@ -64,11 +64,11 @@ def test_hosts_that_differ_are_named():
     assert device_conflict([GPU, GPU]) is device_conflict([CPU] * 3) is None
     mixed = device_conflict([GPU, GPU, CPU, GPU]) or ""
     assert mixed.startswith(
-        "the hosts of this job differ: host a (ranks 0, 1, 3) would take cuda and nccl, since it has 4 GPU(s); "
-        "host b (rank 2) would take cpu and gloo, since it has no GPU: no driver. Mend"
+        "the hosts of this job differ: host a (ranks 0, 1, 3) would use cuda and nccl, since it has 4 GPU(s); "
+        "host b (rank 2) would use cpu and gloo, since it has no GPU: no driver. Repair"
     )
     few = DeviceChoice("c", "cuda", "gloo", "it has 2 GPU(s) for 4 process(es)")
-    assert "host c (rank 1) would take cuda and gloo" in (device_conflict([GPU, few]) or "")
+    assert "host c (rank 1) would use cuda and gloo" in (device_conflict([GPU, few]) or "")
     told = DeviceChoice("b", "cpu", "nccl", problem="--distributed-backend nccl needs one GPU per process")
     assert device_conflict([GPU, told]) == "host b (rank 1): --distributed-backend nccl needs one GPU per process"
     one = DeviceChoice("a", "cuda", "nccl", gpu_uuid="GPU-7")
@@ -78,7 +78,7 @@ def test_hosts_that_differ_are_named():
         )
         is None
     )
-    assert (device_conflict([one, one]) or "").startswith("ranks 0, 1 on host a have one GPU together")
+    assert (device_conflict([one, one]) or "").startswith("ranks 0, 1 on host a share one GPU")
 
 
 def test_the_odd_host_comes_first_and_many_are_counted():
@@ -121,12 +121,12 @@ def test_all_ranks_end_with_the_same_conflict():
 
 def test_a_rank_that_does_not_come_is_named():
     (end,) = agree_as_threads([GPU, None, None], 0.6)[:1]
-    assert end is not None and end == (1, "ranks 1, 2 did not join the job in 0.01 minutes")
+    assert end is not None and end == (1, "ranks 1, 2 did not join the job within 0.01 minutes")
 
 
 def test_one_process_that_cannot_do_as_told():
     expected = pytest.raises(JobError, match="nccl needs one GPU per process; this host has 0 for 1")
-    with expected as caught, job(LaunchEnvironment(), "nccl", look=lambda: Hardware(0, "no driver")):
+    with expected as caught, job(LaunchEnvironment(), "nccl", detect=lambda: Hardware(0, "no driver")):
         pass
     assert caught.value.status == 2
 
@@ -136,9 +136,9 @@ def test_nccl_lets_the_watch_speak_first(monkeypatch):
     given, store = {}, dist.HashStore()
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **settings: given.update(settings, backend=backend))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: given.update(device=device))
-    store.set("means 1", json.dumps(asdict(GPU)))
+    store.set("device 1", json.dumps(asdict(GPU)))
     guard = Guard(store=store, world_size=2, timeout=timedelta(minutes=3))
-    with job(LaunchEnvironment(0, 2, 0, 2), guard=guard, look=lambda: Hardware(2)) as started:
+    with job(LaunchEnvironment(0, 2, 0, 2), guard=guard, detect=lambda: Hardware(2)) as started:
         assert given["backend"] == "nccl" and given["device"] == torch.device("cuda", 0)
         assert started.timeout == given["timeout"] == timedelta(minutes=4)
 
@@ -160,8 +160,8 @@ def test_a_dead_driver_ends_the_job_with_one_message(launcher, tmp_path):
     )
     (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: the hosts of this job differ: ")
-    assert "(rank 1) would take cpu and gloo, since it has no GPU: its driver is dead" in line
-    assert "would take cuda and nccl, since it has 4 GPU(s)" in line
+    assert "(rank 1) would use cpu and gloo, since it has no GPU: its driver is dead" in line
+    assert "would use cuda and nccl, since it has 4 GPU(s)" in line
     if launcher == "srun":
         assert ended.stdout.split() == ["2", "2", "2"]
     else:

@@ -115,13 +115,13 @@ def errors(text: str) -> list[str]:
 
 
 FAULTS = {
-    "kill": r"its process died without a word .*; last heard \d\.\d s before",
+    "kill": r"its process died without a message .*, \d\.\d s after its last heartbeat",
     "raise": "ValueError: boom on two lines",
     "known": "in words",
-    "terminate": "ended by SIGTERM, which other ranks did not get",
-    "in-collective": r"hangs, for 5 s, where \d\.\d\d s was the longest before "
+    "terminate": "ended by SIGTERM, which other ranks did not receive",
+    "in-collective": r"hangs: it has taken 5 s, the longest so far took \d\.\d\d s "
     r"\(--hang-timeout-seconds\); its main thread is at:",
-    "stop": r"no sign of life for 3 s: its process is stopped \(SIGSTOP\)",
+    "stop": r"no heartbeat for 3 s: its process is stopped \(SIGSTOP\)",
 }
 
 
@@ -148,7 +148,7 @@ def test_a_hang_ends_within_half_a_minute(start):
     text = job.ended(within=30.0)
     assert time.monotonic() - began > 19.0, "an action that takes a little longer than usual is no hang"
     (error,) = errors(text)
-    assert error.startswith(WHERE + "hangs, for 20 s") and "time.sleep(1000.0)" in text
+    assert error.startswith(WHERE + "hangs: it has taken 20 s") and "time.sleep(1000.0)" in text
 
 
 def test_the_same_error_on_all_ranks_is_told_once(start):
@@ -202,7 +202,7 @@ def test_the_launcher_freezes(start):
         time.sleep(0.1)
     job.launcher.kill()
     (error,) = errors(job.launcher.communicate()[1])
-    assert re.match(r"contact was lost with the job's store at \S+:\d+, on host \S+ \(no answer for 3 s\)", error)
+    assert re.match(r"lost the connection to the job's store at \S+:\d+, on host \S+ \(no answer for 3 s\)", error)
 
 
 def test_a_second_attempt_does_not_see_the_failure_of_the_first(start):
@@ -234,21 +234,23 @@ def test_the_limit_of_a_computation():
 
 
 @pytest.mark.parametrize(
-    ("process", "quiet", "trouble", "word"),
+    ("process", "quiet", "failure_suspected", "word"),
     [
         (HERE, 9.0, False, None),
         (HERE, 9.0, True, None),
         (HERE, 10.0, False, "frozen"),
         (GONE, 0.0, False, "died"),
         (FAR, 9.0, False, None),
-        (FAR, 2.0, True, "host is lost"),
-        (FAR, 10.0, False, "host is lost"),
+        (FAR, 2.0, True, "host is unreachable"),
+        (FAR, 10.0, False, "host is unreachable"),
     ],
 )
-def test_what_is_wrong_with_a_rank(process, quiet, trouble, word):
-    problem = Peer(Heartbeat(process), quiet).problem(WatchdogTimeouts(), HERE, trouble=trouble)
+def test_what_is_wrong_with_a_rank(process, quiet, failure_suspected, word):
+    timeouts = WatchdogTimeouts()
+    problem = Peer(Heartbeat(process), quiet).problem(timeouts, HERE, failure_suspected=failure_suspected)
     assert problem is None if word is None else word in problem
-    assert Peer(Heartbeat(process, ending="finished"), quiet).problem(WatchdogTimeouts(), HERE, trouble=trouble) is None
+    finished = Peer(Heartbeat(process, ending="finished"), quiet)
+    assert finished.problem(timeouts, HERE, failure_suspected=failure_suspected) is None
 
 
 def test_silence_counts_from_the_last_new_beat():
@@ -291,7 +293,7 @@ class BeatenStore:
         return [b"-"] * len(keys)
 
     def compare_set(self, key: str, expected_value: str, desired_value: str) -> bytes:
-        return b'{"told by": 1, "text": "", "status": 1}'
+        return b'{"rank": 1, "text": "", "status": 1}'
 
 
 def test_the_second_rank_to_fail_is_silent(monkeypatch):

@@ -38,7 +38,7 @@ def test_a_fault_in_any_phase_gives_one_error(slices, flags, phase, how):
     assert len(ended.errors) == 1, ended.err
     (error,) = ended.errors
     assert f"rank 1 on host {HOST}, " in error and WORDS[phase] in error
-    what = "ValueError: made to fail" if how == "exception" else "its process died without a word"
+    what = "ValueError: made to fail" if how == "exception" else "its process died without a message"
     assert what in error and ended.err.count("Traceback") == (how == "exception")
     told = [phase != "arg check", how == "exception"]  # the ranks that could still say it
     assert all(left == error for left, could in zip(ended.left, told, strict=True) if could), "torchrun's report has it too"

@@ -49,7 +49,7 @@ def test_an_unknown_host_name_is_reported_with_its_variable(monkeypatch: pytest.
         raise socket.gaierror(-2, "Name or service not known")
 
     monkeypatch.setattr(store.socket, "getaddrinfo", unknown)
-    with pytest.raises(JobError, match=f"rank 1 on host {HOST} finds no host of the name 'nohost'.*set MASTER_ADDR") as error:
+    with pytest.raises(JobError, match=f"rank 1 on host {HOST} cannot resolve 'nohost'.*set MASTER_ADDR") as error:
         connect_store(LaunchEnvironment(1, 2, address="nohost"), SHORT)
     assert error.value.status == 2 and len(asked) > 1
 
@@ -57,13 +57,13 @@ def test_an_unknown_host_name_is_reported_with_its_variable(monkeypatch: pytest.
 def test_a_first_rank_that_does_not_run() -> None:
     """Torch would add a stack of C++ to it."""
     env, began = LaunchEnvironment(1, 2, port=free_port()), time.monotonic()
-    with pytest.raises(JobError, match=f"rank 1 on host {HOST} found no rank 0 at 127.0.0.1:{env.port} in 0.01") as error:
+    with pytest.raises(JobError, match=f"rank 1 on host {HOST} found no rank 0 at 127.0.0.1:{env.port} within 0.01") as error:
         connect_store(env, SHORT)
     assert error.value.status == 1 and time.monotonic() - began < 30.0
 
 
 def test_ranks_that_do_not_come() -> None:
-    with pytest.raises(JobError, match=r"of 3 processes not all came to 127.0.0.1:.*WORLD_SIZE") as error:
+    with pytest.raises(JobError, match=r"not all 3 processes connected to 127.0.0.1:.*WORLD_SIZE") as error:
         connect_store(LaunchEnvironment(0, 3, port=free_port()), SHORT)
     assert error.value.status == 1
 
@@ -106,6 +106,6 @@ class LostStore:
 def test_a_first_rank_that_ends_while_another_joins(monkeypatch: pytest.MonkeyPatch) -> None:
     """It has reported why, so the other one needs no traceback."""
     monkeypatch.setattr(job, "connect_store", lambda *_, **__: LostStore())
-    said = f"rank 1 on host {HOST} lost its connection to 127.0.0.1:29500: rank 0 has ended, and its own message says why"
+    said = f"rank 1 on host {HOST} lost its connection to 127.0.0.1:29500: rank 0 has ended, and its own message states why"
     with pytest.raises(JobError, match=f"^{said}$"), job.guarded(LaunchEnvironment(1, 2, port=29500)):
         pass

@@ -126,7 +126,7 @@ def main(fault: str, marks: Path) -> int:
     # Of these hosts, rank 1's has a driver that is dead.
     found = Hardware(0, "its driver is dead") if env.rank == 1 else Hardware(4)
     look = (lambda: found) if fault == "dead-driver" else Hardware.detect
-    with job(env, None if look() is found else "gloo", explain=explain, timeouts=timeouts, look=look) as started:
+    with job(env, None if look() is found else "gloo", explain=explain, timeouts=timeouts, detect=look) as started:
         for number in range(STEPS):
             step(started, number, fault, marks)
         if fault == "late" and env.rank == 1:
