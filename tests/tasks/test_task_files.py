@@ -290,7 +290,7 @@ def test_broken_files_are_named(name, content, message, words, tmp_path):
             '{"article": "a", "questions": ["q"], "options": [[1, 2, 3, 4]], "answers": ["A"]}',
             ": options[0][0]: it is a number 1, not text",
         ),
-        ('{"article": "a", "questions": ["q", "r"], "options": [], "answers": []}', "as many of each"),
+        ('{"article": "a", "questions": ["q", "r"], "options": [], "answers": []}', "whose numbers should be equal"),
     ],
 )
 def test_broken_race_is_named(content, message, words, tmp_path):
