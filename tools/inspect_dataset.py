@@ -21,7 +21,7 @@ with loading():
     from megatron.data.build import MakeDataset, bert_dataset_maker, build_datasets
     from megatron.data.errors import DataError
     from megatron.data.indexed import IndexedDataset
-    from megatron.data.matching import adopt_data_roles, check_tokenizer
+    from megatron.data.matching import adopt_dataset_roles, check_tokenizer
     from megatron.data.tokenizer import Tokenizer, build_tokenizer
     from megatron.data.tokenizer_flags import add_tokenizer_flags, tokenizer_config
     from megatron.launch.tool_parser import ToolParser, non_empty_name, non_negative_int
@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer = recorded_tokenizer(datasets[0]) if args.tokenizer_type is None else build_tokenizer(tokenizer_config(args))
     if tokenizer is not None:
         # The data says which token ends a document, as --eod-token did when it was made.
-        adopt_data_roles(DataSettings(data_path=tuple(args.prefix)), tokenizer_config(args), tokenizer)
+        adopt_dataset_roles(DataSettings(data_path=tuple(args.prefix)), tokenizer_config(args), tokenizer)
         for dataset in datasets:
             check_tokenizer(dataset, tokenizer)
     report: dict[str, Any] = {"datasets": [describe_dataset(dataset, tokenizer, args.documents) for dataset in datasets]}

@@ -24,7 +24,7 @@ from megatron.config.schema import RunConfig
 from megatron.config.tokenizer import TOKENIZER_FILES
 from megatron.data.errors import DataError
 from megatron.data.indexed import IndexedDataset
-from megatron.data.matching import adopt_data_roles, check_tokenizer
+from megatron.data.matching import adopt_dataset_roles, check_tokenizer
 from megatron.data.mock import MADE_UP
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 
@@ -122,7 +122,7 @@ def _inspect_datasets(config: RunConfig, tokenizer: Tokenizer | None, problems: 
     lines = []
     if tokenizer is not None:
         with suppress(DataError):  # the loop below reports it, with the dataset's prefix
-            lines += adopt_data_roles(config.data, config.tokenizer, tokenizer)[1]
+            lines += adopt_dataset_roles(config.data, config.tokenizer, tokenizer)[1]
     for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
         for prefix in prefixes(getattr(config.data, name)) or ():
             try:

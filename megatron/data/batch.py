@@ -20,9 +20,11 @@ class GPTCollator:
     """Collate GPT samples into a `Batch`.
 
     Attributes:
-        vocab_size: size of the vocabulary; larger token ids are an error.
-        eod: the id that ends a document, needed by the three options, which are those of `--reset-position-ids`,
-            `--reset-attention-mask` and `--eod-mask-loss`.
+        vocab_size: number of ids of the vocabulary; ids outside `[0, vocab_size)` are an error.
+        eod: id of the end-of-document token; required by each of the three options below.
+        reset_position_ids: as `--reset-position-ids`.
+        reset_attention_mask: as `--reset-attention-mask`.
+        eod_mask_loss: as `--eod-mask-loss`.
     """
 
     vocab_size: int
@@ -33,13 +35,13 @@ class GPTCollator:
 
     def __post_init__(self) -> None:
         options = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
-        on = [f"--{name.replace('_', '-')}" for name in options if getattr(self, name)]
-        if on and self.eod is None:
-            raise DataError(f"{', '.join(on)}: the tokenizer has no end of document")
+        enabled = [f"--{name.replace('_', '-')}" for name in options if getattr(self, name)]
+        if enabled and self.eod is None:
+            raise DataError(f"{', '.join(enabled)}: the tokenizer has no end of document")
 
     @staticmethod
     def from_config(data: DataConfig, vocab_size: int, eod: int | None) -> GPTCollator:
-        """Return the collator that the data settings ask for.
+        """Return the collator with the options of the data settings.
 
         Args:
             data: the data settings, with the three options.
@@ -47,7 +49,7 @@ class GPTCollator:
             eod: id of the end-of-document token; None if the tokenizer has none.
 
         Raises:
-            DataError: when an option needs an end of document and there is none.
+            DataError: if an option needs the end-of-document token and the tokenizer has none.
         """
         return GPTCollator(vocab_size, eod, data.reset_position_ids, data.reset_attention_mask, data.eod_mask_loss)
 
@@ -56,14 +58,14 @@ class GPTCollator:
 
         Args:
             dataset: yields samples with `tokens`, int64 `[seq + 1]`.
-            indices: numbers of the samples in the dataset.
-            sample_ids: their numbers in the training order, from which dropout masks follow.
+            indices: indices of the samples in the dataset.
+            sample_ids: positions of the samples in the training order, which determine their dropout masks.
 
         Returns:
             Tensors `[batch, seq]`; `documents` only with `reset_attention_mask`.
 
         Raises:
-            ForeignIdError: for an id outside of the vocabulary, with file, document and token.
+            ForeignIdError: if an id is outside the vocabulary; the message names file, document and token.
         """
         tokens = np.stack([dataset[index].tokens for index in indices])  # [batch, seq + 1]
         if int(tokens.max()) >= self.vocab_size or int(tokens.min()) < 0:
@@ -73,7 +75,7 @@ class GPTCollator:
                 f"{self.vocab_size} ids; the data was made with another tokenizer"
             )
         inputs = tokens[:, :-1]  # [batch, seq]
-        # Without an end of document nothing equals -1, since negative ids were refused above.
+        # Without an end-of-document token, -1 matches nothing, since negative ids were rejected above.
         ends = inputs == (-1 if self.eod is None else self.eod)  # bool [batch, seq]
         loss_mask = np.where(ends, 0.0, 1.0) if self.eod_mask_loss else np.ones(inputs.shape)  # [batch, seq]
         positions = np.broadcast_to(np.arange(inputs.shape[1]), inputs.shape)  # [batch, seq]
@@ -93,10 +95,10 @@ class GPTCollator:
 def document_indices(ends: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Return the index of each token's document in its row, int64 `[batch, seq]`.
 
-    ends: bool `[batch, seq]`, true at an end of document, which still belongs to the document that it ends.
+    ends: bool `[batch, seq]`, true at end-of-document tokens, each of which belongs to the document that it ends.
     """
     counts = np.zeros(ends.shape, dtype=np.int64)  # [batch, seq]
-    np.cumsum(ends[:, :-1], axis=1, out=counts[:, 1:])  # shifted by one, since an end belongs to the document before it
+    np.cumsum(ends[:, :-1], axis=1, out=counts[:, 1:])  # shifted by one: the end token still belongs to its document
     return counts
 
 

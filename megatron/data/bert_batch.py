@@ -20,8 +20,8 @@ class BertCollator:
 
     Attributes:
         seq_length: tokens of a padded row.
-        pad_id: id of padding.
-        binary_head: whether the model has a binary head, which wants segments and their order.
+        pad_id: id of the padding token.
+        binary_head: whether the model has a binary head, which needs the segment of each token and the order of the segments.
     """
 
     seq_length: int
@@ -33,8 +33,8 @@ class BertCollator:
 
         Args:
             dataset: yields `PairSample`s.
-            indices: numbers of the samples in the dataset.
-            sample_ids: their numbers in the training order, from which dropout masks follow.
+            indices: indices of the samples in the dataset.
+            sample_ids: positions of the samples in the training order, which determine their dropout masks.
 
         Returns:
             Tensors `[batch, seq]`, as `collate` makes them.
@@ -42,9 +42,9 @@ class BertCollator:
         return self.collate([dataset[index] for index in indices], sample_ids)
 
     def collate(self, samples: Sequence[PairSample], sample_ids: Sequence[int]) -> Batch:
-        """Return the micro-batch of these samples, under their numbers in the training order.
+        """Return the micro-batch of these samples. sample_ids: see `__call__`.
 
-        Padding is a document of its own, so that no other token attends to it.
+        Padding tokens form a document of their own, so that no other token attends to them.
         """
         lengths = np.array([[len(sample.tokens)] for sample in samples])  # [batch, 1]
         positions = np.broadcast_to(np.arange(self.seq_length), (len(samples), self.seq_length))  # [batch, seq]

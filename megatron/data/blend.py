@@ -13,64 +13,64 @@ from megatron.config.data import parse_number
 from megatron.data.errors import DataError
 from megatron.data.gpt import SampleSource
 
-SURPLUS = 0.005  # share of samples that each dataset is built with beyond those of its weight
+SURPLUS = 0.005  # fraction of samples that each dataset is built with in addition to its share
 
 
-def parse_blend(words: Sequence[str], flag: str = "--data-path") -> tuple[list[str], list[float] | None]:
+def parse_blend(arguments: Sequence[str], flag: str = "--data-path") -> tuple[list[str], list[float] | None]:
     """Return prefixes and weights of `PREFIX ...` or `WEIGHT PREFIX WEIGHT PREFIX ...`; weights are None for the first form."""
-    words = [word.strip() for word in words]
-    weights = [parse_number(word) for word in words[::2]]
-    given = [weight for weight in weights if weight is not None]
-    if len(words) % 2 or not given:
-        if len(given) == len(words) or (len(given) > 1 and len(words) > 1):
-            raise DataError(f"{flag} {' '.join(words)}: give WEIGHT PREFIX pairs or prefixes alone")
-        return list(words), None
-    if len(given) != len(weights):
-        raise DataError(f"{flag} {' '.join(words)}: give a weight before every prefix, or before none")
-    if min(given) <= 0 or not math.isfinite(sum(given)):
-        raise DataError(f"{flag}: weights must be positive numbers, not {' '.join(map(str, given))}")
-    return list(words[1::2]), given
+    arguments = [argument.strip() for argument in arguments]
+    weights = [parse_number(argument) for argument in arguments[::2]]
+    numeric = [weight for weight in weights if weight is not None]
+    if len(arguments) % 2 or not numeric:
+        if len(numeric) == len(arguments) or (len(numeric) > 1 and len(arguments) > 1):
+            raise DataError(f"{flag} {' '.join(arguments)}: give WEIGHT PREFIX pairs or prefixes alone")
+        return list(arguments), None
+    if len(numeric) != len(weights):
+        raise DataError(f"{flag} {' '.join(arguments)}: give a weight before every prefix, or before none")
+    if min(numeric) <= 0 or not math.isfinite(sum(numeric)):
+        raise DataError(f"{flag}: weights must be positive numbers, not {' '.join(map(str, numeric))}")
+    return list(arguments[1::2]), numeric
 
 
 def normalise_weights(weights: Sequence[float]) -> list[float]:
-    """Return weights that add up to 1, in numpy's order of summation."""
+    """Return weights that add up to 1, summed as numpy does, to the last bit."""
     array = np.array(weights, dtype=np.float64)
     scaled: list[float] = (array / np.sum(array)).tolist()
     return scaled
 
 
 def samples_per_dataset(weights: Sequence[float], samples: int, surplus: float = 0.0) -> list[int]:
-    """Return the number of samples that each dataset gives, rounded up.
+    """Return the number of samples that each dataset contributes, rounded up.
 
     Args:
         weights: normalised, one for each dataset.
         samples: number of samples of all datasets together.
-        surplus: share that is added to each dataset.
+        surplus: fraction of additional samples of each dataset.
     """
     return [math.ceil(math.ceil(samples * weight) * (1 + surplus)) for weight in weights]
 
 
 def blend_order(weights: Sequence[float], size: int) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
-    """Return for each of `size` samples the dataset that it comes from, and its number there.
+    """Return for each of `size` samples the dataset that it comes from, and its index in that dataset.
 
-    Each sample comes from the dataset that lacks most at that point: the largest `weight * n - drawn`, the first of equals.
+    Each sample comes from the dataset that is furthest behind its weight: the first with the largest `weight * n - drawn`.
     """
     if len(weights) == 1:
         return np.zeros(size, dtype=np.int16), np.arange(size, dtype=np.int64)
     order = np.empty(size, dtype=np.int16)  # [size]
     share = np.array(weights, dtype=np.float64)
-    drawn, lack = np.zeros(len(weights)), np.empty(len(weights))  # [datasets]
+    drawn, deficit = np.zeros(len(weights)), np.empty(len(weights))  # [datasets]
     multiply, subtract = np.multiply, np.subtract
     for n in range(size):  # each choice depends on all earlier ones, so the loop cannot be vectorised
-        multiply(share, max(n, 1), out=lack)
-        subtract(lack, drawn, out=lack)
-        chosen = lack.argmax()  # the first of equals, as in Megatron-Core
+        multiply(share, max(n, 1), out=deficit)
+        subtract(deficit, drawn, out=deficit)
+        chosen = deficit.argmax()  # the first one of a tie, as in Megatron-Core
         order[n] = chosen
         drawn[chosen] += 1.0
     numbers = np.empty(size, dtype=np.int64)
     for dataset in range(len(weights)):
-        here = order == dataset  # bool [size]
-        numbers[here] = np.arange(np.count_nonzero(here))
+        is_from_dataset = order == dataset  # bool [size]
+        numbers[is_from_dataset] = np.arange(np.count_nonzero(is_from_dataset))
     return order, numbers
 
 
@@ -85,7 +85,7 @@ class BlendedDataset:
         self.datasets, self.order, self.numbers = datasets, order, numbers
         for number, (dataset, drawn) in enumerate(zip(datasets, count_draws(order, len(datasets)), strict=True)):
             if drawn > len(dataset):
-                raise DataError(f"blend: {drawn} samples wanted from dataset {number + 1}, which has {len(dataset)}")
+                raise DataError(f"blend: {drawn} samples needed from dataset {number + 1}, which has {len(dataset)}")
 
     def __len__(self) -> int:
         return len(self.order)

@@ -27,7 +27,7 @@ from megatron.data.masking import MaskingRules
 from megatron.data.matching import check_tokenizer
 from megatron.data.tokenizer import Tokenizer
 
-MAX_DATASETS = 32766  # their numbers are int16
+MAX_DATASETS = 32766  # a dataset's number in a blend is an int16
 
 
 class MakeDataset(Protocol):
@@ -40,16 +40,16 @@ class MakeDataset(Protocol):
 
         Args:
             indexed: the dataset on disk.
-            share: begin and end of the split, in 0 to 1.
-            num_samples: least number of samples; None for one epoch.
+            share: begin and end of the split as fractions of the dataset, from 0 to 1.
+            num_samples: minimum number of samples; None for one epoch.
             split: name of the split, for messages.
-            cache: keeps the built index.
+            cache: stores the built index on disk.
         """
         ...
 
 
 def gpt_dataset_maker(data: DataConfig, seed: int) -> MakeDataset:
-    """Return the maker of GPT's samples: consecutive tokens, of a share of the sequences."""
+    """Return the function that makes GPT samples: consecutive tokens from the sequences of one split."""
     seq_length = data.seq_length
 
     def make(
@@ -62,10 +62,10 @@ def gpt_dataset_maker(data: DataConfig, seed: int) -> MakeDataset:
 
 
 def bert_dataset_maker(data: DataConfig, seed: int, tokenizer: Tokenizer, *, binary: bool) -> MakeDataset:
-    """Return the maker of BERT's samples: pairs of segments, of a share of the documents.
+    """Return the function that makes BERT samples: pairs of segments from the documents of one split.
 
     Args:
-        data: length of the samples, and what share of them is short or masked.
+        data: the sample length, and the probabilities of short samples and of masking.
         seed: seed of the run.
         tokenizer: the tokenizer, with BERT's special tokens.
         binary: whether the samples are for a binary head.
@@ -74,7 +74,7 @@ def bert_dataset_maker(data: DataConfig, seed: int, tokenizer: Tokenizer, *, bin
 
 
 def pair_dataset_maker(rules: PairRules) -> MakeDataset:
-    """Return the maker of BERT's samples by these rules."""
+    """Return the function that makes BERT samples with these settings."""
 
     def make(
         indexed: IndexedDataset, share: tuple[float, float], num_samples: int | None, split: str, cache: IndexCache
@@ -88,12 +88,12 @@ def pair_dataset_maker(rules: PairRules) -> MakeDataset:
 def build_pair_rules(
     data: DataConfig, seed: int, tokenizer: Tokenizer, token: Callable[[str], int], *, binary: bool
 ) -> PairRules:
-    """Return the settings of BERT's samples.
+    """Return the settings of BERT samples.
 
     Args:
-        data: length of the samples, and what share of them is short or masked.
+        data: the sample length, and the probabilities of short samples and of masking.
         seed: seed of the run.
-        tokenizer: knows which ids continue a word.
+        tokenizer: its pieces tell which ids continue a word.
         token: maps the role of a special token to its id.
         binary: whether the samples are for a binary head.
     """
@@ -112,7 +112,7 @@ class DatasetBuilder:
         self.opened: dict[str, IndexedDataset] = {}
 
     def open(self, prefix: str) -> IndexedDataset:
-        """Return the indexed dataset at a prefix. DataError if its sidecar says that another tokenizer made it."""
+        """Return the indexed dataset at a prefix, opened once; raise a DataError if it was made with another tokenizer."""
         if prefix not in self.opened:
             dataset = IndexedDataset(prefix)
             if self.tokenizer is not None:
@@ -124,9 +124,9 @@ class DatasetBuilder:
         """Build the samples of one split of a dataset.
 
         Args:
-            prefix: names the dataset.
-            share: begin and end of the split, in 0 to 1.
-            num_samples: least number of samples; None for one epoch.
+            prefix: path of the dataset without `.bin` or `.idx`.
+            share: begin and end of the split as fractions of the dataset, from 0 to 1.
+            num_samples: minimum number of samples; None for one epoch.
             split: name of the split, for messages.
         """
         return self.make(self.open(prefix), share, num_samples, split, self.cache)
@@ -137,50 +137,50 @@ class DatasetBuilder:
         """Build the samples of one split of several datasets.
 
         Args:
-            prefixes: name the datasets.
+            prefixes: paths of the datasets without `.bin` or `.idx`.
             weights: one for each dataset, of any sum; None reads one epoch of each, in proportion to its size.
-            share: begin and end of the split, in 0 to 1.
-            num_samples: least number of samples.
+            share: begin and end of the split as fractions of the dataset, from 0 to 1.
+            num_samples: minimum number of samples.
             split: name of the split, for messages.
 
         Raises:
-            DataError: for too many datasets, and without weights for an empty one, or too few samples in an epoch.
+            DataError: if there are too many datasets or, without weights, if one is empty or an epoch has too few samples.
         """
         if len(prefixes) > MAX_DATASETS:
             raise DataError(f"{len(prefixes)} datasets in one blend; at most {MAX_DATASETS} are possible")
         raise_open_file_limit(len(self.opened) + len(prefixes) + 512)
         if weights is None:
-            epochs = [self.build_one(prefix, share, None, split) for prefix in prefixes]
-            empty = [prefix for prefix, dataset in zip(prefixes, epochs, strict=True) if not len(dataset)]
+            datasets = [self.build_one(prefix, share, None, split) for prefix in prefixes]
+            empty = [prefix for prefix, dataset in zip(prefixes, datasets, strict=True) if not len(dataset)]
             if empty:
                 raise DataError(f"{empty[0]}: the {split} split is shorter than one sample of {self.seq_length} tokens")
-            have = sum(map(len, epochs))
-            if have < num_samples:
+            available = sum(map(len, datasets))
+            if available < num_samples:
                 raise DataError(
-                    f"{num_samples} {split} samples wanted, but one epoch of these datasets has {have}; "
+                    f"{num_samples} {split} samples wanted, but one epoch of these datasets has {available}; "
                     "give them weights (WEIGHT PREFIX WEIGHT PREFIX ...) to read them more than once"
                 )
-            return BlendedDataset(epochs, *self.cached_order(prefixes[0], list(map(len, epochs)), num_samples))
+            return BlendedDataset(datasets, *self.cached_order(prefixes[0], list(map(len, datasets)), num_samples))
         weights = normalise_weights(weights)
         order, numbers = self.cached_order(prefixes[0], weights, sum(samples_per_dataset(weights, num_samples)))
         drawn = count_draws(order, len(weights))
         surplus = SURPLUS
         while True:
-            parts = [
+            datasets = [
                 self.build_one(prefix, share, count, split)
                 for prefix, count in zip(prefixes, samples_per_dataset(weights, num_samples, surplus), strict=True)
             ]
-            # By rounding, the order can draw more samples than were built; then more are built. This ends, since the surplus
-            # doubles each time.
-            if all(len(part) >= count for part, count in zip(parts, drawn, strict=True)):
-                return BlendedDataset(parts, order, numbers)
+            # Because of rounding, the order can draw more samples than were built; then more are built. The loop ends because
+            # the surplus doubles each time.
+            if all(len(dataset) >= count for dataset, count in zip(datasets, drawn, strict=True)):
+                return BlendedDataset(datasets, order, numbers)
             surplus *= 2
 
     def cached_order(self, prefix: str, weights: Sequence[float], size: int) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
-        """Return the `blend_order` of some weights, kept in the cache beside a dataset.
+        """Return the `blend_order` of these weights, from the cache or built and stored there.
 
         Args:
-            prefix: the dataset beside which it is kept.
+            prefix: the dataset in whose cache directory it is stored.
             weights: one for each dataset, of any sum.
             size: number of samples.
         """
@@ -206,11 +206,11 @@ def build_datasets(
     The order of samples is Megatron-Core 0.16's for the same data, settings and counts.
 
     Args:
-        data: names the files and their splits.
-        seed: seed of the orders.
-        counts: least number of samples of each of the three.
+        data: the data settings, with the files and the split.
+        seed: seed of the sample order.
+        counts: minimum numbers of training, validation and test samples.
         tokenizer: checked against the datasets' sidecars, if given.
-        make: creates the samples of one dataset; default GPT's.
+        make: creates the samples of one dataset; GPT samples by default.
         mock: creates synthetic samples, given their number and the split's name, instead of reading files.
 
     Returns:
@@ -221,8 +221,8 @@ def build_datasets(
     """
     if mock is not None:
         splits = zip(SPLITS, parse_split(data.split), counts, strict=True)
-        made_up = [mock(count, split) if share is not None and count > 0 else None for split, share, count in splits]
-        return made_up[0], made_up[1], made_up[2]
+        synthetic = [mock(count, split) if share is not None and count > 0 else None for split, share, count in splits]
+        return synthetic[0], synthetic[1], synthetic[2]
     separate = (data.train_data_path, data.valid_data_path, data.test_data_path)
     if data.data_path and any(separate):
         raise DataError("--data-path excludes --train-data-path, --valid-data-path and --test-data-path")
@@ -233,16 +233,16 @@ def build_datasets(
     shares = parse_split(data.split) if data.data_path else [(0.0, 1.0)] * 3
     for number, (split, share, num_samples) in enumerate(zip(SPLITS, shares, counts, strict=True)):
         flag = "--data-path" if data.data_path else ("--train-data-path", "--valid-data-path", "--test-data-path")[number]
-        words = data.data_path or separate[number]
-        if share is None or not words or num_samples <= 0:
+        arguments = data.data_path or separate[number]
+        if share is None or not arguments or num_samples <= 0:
             built.append(None)
             continue
-        prefixes, weights = parse_blend(words, flag)
-        # Under --data-path a single prefix with a weight is a blend, whose surplus changes the order, as in Megatron-Core.
-        alone = len(prefixes) == 1 and (weights is None or not data.data_path)
+        prefixes, weights = parse_blend(arguments, flag)
+        # With --data-path, a single prefix with a weight is a blend, and its surplus changes the order, as in Megatron-Core.
+        is_single = len(prefixes) == 1 and (weights is None or not data.data_path)
         built.append(
             builder.build_one(prefixes[0], share, num_samples, split)
-            if alone
+            if is_single
             else builder.build_blend(prefixes, weights, share, num_samples, split)
         )
     return built[0], built[1], built[2]

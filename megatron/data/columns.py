@@ -15,8 +15,8 @@ class TokenColumn:
     """Tokens of one block of documents, for one key of their JSON objects.
 
     Attributes:
-        empty: documents without tokens.
-        longest_part: characters that the tokenizer was given at once, at most.
+        empty: number of documents without tokens.
+        longest_part: length of the longest text that the tokenizer was given at once, in characters.
     """
 
     tokens: NDArray[Any]  # [tokens], of all documents
@@ -27,7 +27,7 @@ class TokenColumn:
 
 
 class ColumnBuilder:
-    """Builds a `TokenColumn` part of a sequence by part. begins, ends: ids that each document begins and ends with."""
+    """Builds a `TokenColumn` from parts of sequences. begins, ends: ids put before and after the tokens of each document."""
 
     def __init__(self, documents: int, begins: list[int], ends: list[int], dtype: np.dtype[Any]) -> None:
         self._begins, self._ends, self._dtype = begins, ends, dtype
@@ -38,22 +38,22 @@ class ColumnBuilder:
         self.longest_part = 0
 
     def append(self, document: int, sequence: int, ids: Sequence[int]) -> None:
-        """Append tokens to a sequence of a document. No tokens change nothing: an empty document has no sequence.
+        """Append tokens to a sequence of a document. Without ids it does nothing, so an empty document has no sequence.
 
         Args:
             document: number of the document in the block; never smaller than in the call before.
-            sequence: number of the sequence in the document; likewise.
+            sequence: number of the sequence in the document; never smaller than in the call before for the same document.
             ids: tokens of a part of the sequence.
         """
         if not ids:
             return
-        begins = self._last is None or self._last[0] != document
-        if begins and self._last is not None:
-            self._add(self._ends)  # of the document before, which is known to be whole only now
+        starts_document = self._last is None or self._last[0] != document
+        if starts_document and self._last is not None:
+            self._add(self._ends)  # end the previous document, which is known to be complete only now
         if self._last != (document, sequence):
             self._lengths.append(0)
             self._sequences[document] += 1
-        if begins:
+        if starts_document:
             self._add(self._begins)
         self._last = (document, sequence)
         self._add(ids)

@@ -1,8 +1,8 @@
-"""Encode the lines of a corpus as token ids, in this process or by workers.
+"""Encode the lines of a corpus as token ids, in this process or in worker processes.
 
-Blocks of lines go to the workers and come back as token ids, in the order of the input. So the result does not depend on the
-number of workers, and the memory in use does not grow with the corpus. A long document is tokenized part by part, so that it
-takes little more memory than its line of JSON.
+Workers encode blocks of lines, and the encoded blocks are returned in the order of the input. So the result does not depend on
+the number of workers, and memory use does not grow with the corpus. A long document is tokenized part by part, so that it takes
+little more memory than its line of JSON.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from megatron.data.sentences import split_sentences
 from megatron.data.special_tokens import SpecialTokenCounter
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 
-BATCH_CHARACTERS = 1 << 20  # of text that is tokenized at once
-MAX_QUEUED_BYTES = 1 << 24  # of JSON that is under way, for each worker
+BATCH_CHARACTERS = 1 << 20  # characters that are tokenized at once
+MAX_QUEUED_BYTES = 1 << 24  # bytes of JSON in blocks that are submitted but not yet returned, per worker
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,13 @@ class PreprocessConfig:
     """Settings of preprocessing.
 
     Attributes:
-        keys: keys of the JSON objects; each gets a dataset of its own.
-        plain_special_tokens: special tokens in texts are tokenized like any other text.
+        tokenizer: settings of the tokenizer.
+        keys: keys of the JSON objects; the texts of each key go to a dataset of its own.
+        append_eod: end each document with the end-of-document token.
+        plain_special_tokens: tokenize special tokens in texts like any other text.
+        split_sentences: make each sentence a sequence.
+        keep_newlines: keep the white space after a sentence in its text.
+        skip_bad_lines: skip invalid lines instead of raising a DataError.
     """
 
     tokenizer: TokenizerConfig
@@ -55,9 +60,10 @@ class EncodedBlock:
 
     Attributes:
         columns: one for each key.
+        documents: number of documents.
         size: bytes of JSON.
-        bad: reasons and skipped lines.
-        special_tokens: number of times that each one stands in the texts.
+        bad: reason and content of each skipped line.
+        special_tokens: number of occurrences of each special token in the texts.
     """
 
     columns: list[TokenColumn]
@@ -68,12 +74,12 @@ class EncodedBlock:
 
     @property
     def longest_part(self) -> int:
-        """Characters of the longest text that the tokenizer was given at once."""
+        """Length of the longest text that the tokenizer was given at once, in characters."""
         return max(column.longest_part for column in self.columns)
 
 
 class UnreadableTexts(Exception):
-    """Texts that the tokenizer refuses. reasons: the reason for each, by the number of its document in the block."""
+    """The tokenizer failed on some texts. reasons: the error for each, by the number of its document in the block."""
 
     def __init__(self, reasons: Mapping[int, str]) -> None:
         super().__init__()
@@ -94,7 +100,7 @@ class Encoder:
         self._special = SpecialTokenCounter(self.tokenizer.special_in_text)
 
     def __call__(self, lines: Sequence[Line]) -> EncodedBlock:
-        """Encode a block of lines. Raises DataError for a bad line, unless those are to be skipped."""
+        """Encode a block of lines. Raises DataError for a bad line, unless `skip_bad_lines` is set."""
         good: list[tuple[Line, list[str]]] = []
         bad: list[tuple[str, bytes]] = []
         for line in lines:
@@ -102,39 +108,39 @@ class Encoder:
                 good.append((line, parse_line(line, self.settings.keys)))
             except BadLine as error:
                 self._reject(line, error, bad)
-        while True:  # until no text is left that the tokenizer gives up on
+        while True:  # until the tokenizer succeeds on all texts that are left
             try:
                 columns = [self.column([texts[i] for _, texts in good]) for i in range(len(self.settings.keys))]
                 break
             except UnreadableTexts as error:
-                for number, why in error.reasons.items():
+                for number, reason in error.reasons.items():
                     line = good[number][0]
-                    self._reject(line, BadLine(f"{line.file}:{line.number}: {why}"), bad)
+                    self._reject(line, BadLine(f"{line.file}:{line.number}: {reason}"), bad)
                 good = [row for number, row in enumerate(good) if number not in error.reasons]
         special_tokens = self._special(text for _, texts in good for text in texts)
         return EncodedBlock(columns, len(good), sum(len(line.text) for line in lines), bad, special_tokens)
 
     def _reject(self, line: Line, error: BadLine, bad: list[tuple[str, bytes]]) -> None:
-        """Add a line to the skipped ones; DataError where bad lines are not to be skipped."""
+        """Add a line to the skipped ones; DataError unless `skip_bad_lines` is set."""
         if not self.settings.skip_bad_lines:
             raise DataError(f"{error}; --on-bad-line=skip goes on without such lines") from error
         bad.append((str(error), line.text))
 
     def column(self, texts: Sequence[str]) -> TokenColumn:
-        """Encode the texts of one key. A document without tokens has no sequence, and gets neither a first token nor an end.
+        """Encode the texts of one key. A document without tokens gets no sequence, no first token and no end-of-document token.
 
-        Raises UnreadableTexts for those that the tokenizer gives up on, all at once: a block may hold many.
+        Raises UnreadableTexts with all texts of the block on which the tokenizer fails.
         """
         try:
             return self._column(texts)
-        except DataError:  # of one text or of several: now each by itself
-            reasons = {number: why for number, text in enumerate(texts) if (why := self._refusal(text))}
+        except DataError:  # find the texts that cause it by tokenizing each by itself
+            reasons = {number: reason for number, text in enumerate(texts) if (reason := self._failure(text))}
             if reasons:
                 raise UnreadableTexts(reasons) from None
             raise
 
-    def _refusal(self, text: str) -> str | None:
-        """Return the reason for which the tokenizer gives up on a text; None where it does not."""
+    def _failure(self, text: str) -> str | None:
+        """Return the tokenizer's error message for a text; None if it succeeds."""
         try:
             self.tokenizer.tokenize_many([part for *_, part in self.parts([text])])
         except DataError as error:
@@ -156,14 +162,15 @@ class Encoder:
         return column.finish()
 
     def parts(self, texts: Sequence[str]) -> Iterator[tuple[int, int, str]]:
-        """Yield the texts that the tokenizer is given at once, each with the numbers of its document and sequence."""
+        """Yield the parts in which texts are tokenized, as (number of the document, number of the sequence in it, part)."""
         keep = self.settings.keep_newlines
         for document, text in enumerate(texts):
-            whole = split_sentences(text, keep) if self.settings.split_sentences else (text,)
-            yield from ((document, number, part) for number, seq in enumerate(whole) for part in self.tokenizer.parts(seq))
+            sequences = split_sentences(text, keep) if self.settings.split_sentences else (text,)
+            for number, sequence in enumerate(sequences):
+                yield from ((document, number, part) for part in self.tokenizer.parts(sequence))
 
     def append(self, parts: Sequence[tuple[int, int, str]], column: ColumnBuilder) -> None:
-        """Tokenize parts of texts and append their tokens. DataError for an id beyond the tokenizer's own vocabulary size."""
+        """Tokenize parts of texts and append their tokens; DataError if an id is not below the tokenizer's vocabulary size."""
         for (document, sequence, _), ids in zip(parts, self.tokenizer.tokenize_many([p[2] for p in parts]), strict=True):
             if ids and max(ids) >= self.tokenizer.vocab_size:
                 raise DataError(f"the tokenizer gave id {max(ids)}, but has {self.tokenizer.vocab_size} ids")
@@ -171,14 +178,14 @@ class Encoder:
 
 
 def init_worker() -> None:
-    """Prepare a worker process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's business
+    """Prepare a worker process: signals, a watch on its parent, and no threads in the tokenizer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles interrupts
     threading.Thread(target=exit_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core is parallel enough
 
 
 def exit_with_parent() -> None:
-    """End this worker when its parent is killed: it holds both ends of the pool's pipe, and would otherwise wait for ever."""
+    """End this worker when its parent has died: it holds both ends of the pool's pipe open, and would wait forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -187,7 +194,7 @@ def exit_with_parent() -> None:
 
 @functools.lru_cache(maxsize=1)
 def process_encoder(settings: PreprocessConfig) -> Encoder:
-    """Return the encoder of this process, built with its first block."""
+    """Return this process's encoder, which is built on the first call."""
     return Encoder(settings)
 
 
@@ -197,14 +204,14 @@ def encode_block(settings: PreprocessConfig, lines: list[Line]) -> EncodedBlock:
 
 
 def encode_blocks(settings: PreprocessConfig, source: Iterable[list[Line]], workers: int) -> Iterator[EncodedBlock]:
-    """Yield every block encoded, in order.
+    """Encode blocks of lines, and yield the encoded blocks in the same order.
 
-    At most four blocks per worker are under way, and fewer where documents are long.
+    At most four blocks per worker are submitted ahead, fewer if documents are long (MAX_QUEUED_BYTES).
 
     Args:
-        settings: build the encoder of each worker.
+        settings: settings of preprocessing.
         source: blocks of lines.
-        workers: processes; 1 encodes in this one.
+        workers: number of worker processes; 1 encodes in this process.
 
     Raises:
         RuntimeError: when a worker dies.
@@ -212,7 +219,7 @@ def encode_blocks(settings: PreprocessConfig, source: Iterable[list[Line]], work
     if workers <= 1:
         yield from map(Encoder(settings), source)
         return
-    context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks of the tokenizer
+    context = multiprocessing.get_context("spawn")  # a fork would copy locks that the tokenizer's threads hold
     with ProcessPoolExecutor(workers, context, initializer=init_worker) as pool:
         waiting: deque[tuple[int, Future[EncodedBlock]]] = deque()
         queued = 0

@@ -1,11 +1,12 @@
 """Find where a text can be cut for a tokenizer of the `tokenizers` package, from the tokenizer's steps.
 
 Such a tokenizer finds added tokens, normalizes the text between them, splits it into words, and tokenizes each word by itself.
-A cut does not change the tokens under three conditions: no added token is near; every step of the tokenizer depends only on the
-characters around the place; and the text around the place has the same words when it is cut. The first is checked by a search,
-the second is known for the steps below, the third is tried at each place. A word can also continue beyond the place, for
-tokenizers that do not split at spaces, such as Llama 2's. Then a cut is safe if the model is a BPE and no piece of its
-vocabulary contains the two characters on either side, since a merge across the place would form such a piece.
+A cut does not change the tokens under three conditions: no added token is near; every step of the tokenizer is local, that is,
+its output depends only on nearby characters; and the text around the cut has the same words with and without it. The first is
+checked by a search, the second is known for the steps listed below, and the third is tested at each place. A word may also
+continue across the cut, for tokenizers that do not split at spaces, such as Llama 2's. Then a cut is safe if the model is a BPE
+and no piece of its vocabulary contains the two characters next to the cut side by side, since a merge across the cut would form
+such a piece.
 """
 
 from __future__ import annotations
@@ -27,15 +28,16 @@ LOCAL_NORMALIZERS = frozenset(
 LOCAL_SPLITTERS = frozenset(
     ["BertPreTokenizer", "CharDelimiterSplit", "Digits", "Metaspace", "Punctuation", "Whitespace", "WhitespaceSplit"]
 )
-# One character or one class of characters, alone or repeated. More complex expressions may depend on distant characters.
+# RUN matches an expression for one character or one class of characters, alone or repeated. More complex expressions may
+# depend on distant characters.
 CLASS = r"\[(?:[^\[\]&\\]|\\.|\[[^\[\]&]+\])+\]"
 RUN = re.compile(rf"(?: \?)?(?:[^\\\[\](){{}}|.^$*+?]|\\[sSdDnrt]|\\[^\w\s]|\\p\{{\w+\}}|{CLASS})(?:\+|\{{2,\}})?")
-# Alternatives of the expressions that split words for GPT-2, GPT-4, GPT-4o, Llama 3, Qwen and DeepSeek. None matches a letter
-# or a digit together with a separator after it. One of them has a lookahead: for white space after white space.
+# Alternatives of the expressions with which GPT-2, GPT-4, GPT-4o, Llama 3, Qwen and DeepSeek split text into words. None
+# matches a letter or digit together with a separator after it. Only one has a lookahead, `\s+(?!\S)`, for white space.
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 LEAD = r"[^\r\n\p{L}\p{N}]?"
-WORDS = frozenset(
+WORD_PATTERNS = frozenset(
     [
         *("'s", "'t", "'re", "'ve", "'m", "'ll", "'d", CONTRACTIONS, "'(?i:[sdmt]|ll|ve|re)"),
         *(r" ?\p{L}+", rf"{LEAD}\p{{L}}+", rf"{LEAD}[\p{{L}}\p{{M}}]+", r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"),
@@ -46,24 +48,24 @@ WORDS = frozenset(
         *(r"\s*[\r\n]+", r"\s*[\r\n]", r"\s+(?!\S)"),
     ]
 )
-MARKS = frozenset(
+PUNCTUATION_PATTERNS = frozenset(
     [
         *(r" ?[^\s\p{L}\p{N}]+", r" ?[^\s\p{L}\p{N}]+[\r\n]*", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r" ?[\p{P}\p{S}]+[\r\n]*"),
         r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*",
     ]
 )
 WHITE_SPACE = r"\s+"
-KNOWN = WORDS | MARKS | {WHITE_SPACE}
+KNOWN_PATTERNS = WORD_PATTERNS | PUNCTUATION_PATTERNS | {WHITE_SPACE}
 
 
 class FastSeam(Seam):
-    """Cuts texts for a tokenizer whose steps are known to be local, as `fast_seam` finds out."""
+    """Cuts texts for a tokenizer whose steps are known to be local, which `fast_seam` checks."""
 
     def __init__(self, backend: Backend) -> None:
         self._normalizer, self._splitter = backend.normalizer, backend.pre_tokenizer
         added = backend.get_added_tokens_decoder().values()
         self._raw = TokenFinder(token.content for token in added if not token.normalized)
-        # Normalizing a token may put a space before it, which text has only where a normalized part begins.
+        # Normalizing a token may put a space before it, which is in a text only where a normalized part begins.
         self._normal = TokenFinder(self._normalize(token.content).strip(f" {SPACE}") for token in added if token.normalized)
         self.context = max(self.context, self._raw.longest + 2, self._normal.longest + 2)
         self._backend = backend
@@ -71,15 +73,15 @@ class FastSeam(Seam):
         self._drops_spaces = first["type"] in ("BertPreTokenizer", "Whitespace", "WhitespaceSplit")
 
     def judge(self, left: str, right: str) -> int | None:
-        """Allow for a cut where no added token is near and both sides, split alone, give the words of the whole."""
+        """Allow a cut where no added token is near and both sides, split alone, have the words of the whole text."""
         whole, before = self._normalize(left + right), self._normalize(left)
-        if self._raw(left + right) or self._normal(whole) or not self._between(before, whole):
+        if self._raw(left + right) or self._normal(whole) or not self._separates(before, whole):
             return None
         words, first = self._split(whole), self._split(before)
-        # A space that the tokenizer itself puts before a text is left out of the text.
+        # First without leaving out a character, then with: the tokenizer itself may put a space before each text.
         for skipped in (0, 1) if right[0].isspace() else (0,):
             after = self._normalize(right[skipped:])
-            if before + after == whole and self._same(words, first, self._split(after)):
+            if before + after == whole and self._same_words(words, first, self._split(after)):
                 return skipped
         return None
 
@@ -97,32 +99,32 @@ class FastSeam(Seam):
     def _split(self, text: str) -> list[str]:
         return [text] if self._splitter is None else [word for word, _ in self._splitter.pre_tokenize_str(text)]
 
-    def _between(self, before: str, whole: str) -> bool:
-        """Return whether also in the normalized text the place is between a letter or digit and a separator."""
+    def _separates(self, before: str, whole: str) -> bool:
+        """Return whether the place is between a letter or digit and a separator in the normalized text, too."""
         if not before or len(before) >= len(whole) or whole[len(before)] not in SEPARATORS:
             return False
         return before[-1].isalnum() or (self._drops_spaces and before[-1].isspace())
 
-    def _same(self, whole: list[str], first: list[str], second: list[str]) -> bool:
-        """Return whether the words of both sides are those of the whole, but for one at most that the model treats as two."""
+    def _same_words(self, whole: list[str], first: list[str], second: list[str]) -> bool:
+        """Return whether both sides have the words of the whole; one word may be cut where no merge can cross."""
         if whole == first + second:
             return True
         if not first or not second or whole != [*first[:-1], first[-1] + second[0], *second[1:]]:
             return False
-        left, right = first[-1][-1], second[0][0]  # the two characters that would be parted
+        left, right = first[-1][-1], second[0][0]  # the two characters next to the cut
         return left in self._vocabulary and right in self._vocabulary and left + right not in self._neighbours
 
 
 def fast_seam(backend: Backend) -> Seam | None:
-    """Return what cuts texts for this tokenizer, or None if one of its steps is not known to allow for it."""
+    """Return the seam of a tokenizer, or None if one of its steps is not known to be local."""
     try:
         known = all(map(_normalizes_locally, component_steps(backend.normalizer))) and _splits_locally(backend)
-    except Exception:  # steps in Python have no JSON
+    except Exception:  # steps written in Python cannot be described as JSON
         return None
     tokens = backend.get_added_tokens_decoder().values()
-    blank = any(not token.content.strip(f" {SPACE}") for token in tokens if token.normalized)
-    # A token of spaces alone may stand at any place, and a very long one beyond all context.
-    if not known or blank or any(len(token.content) > MAX_PART // 8 for token in tokens):
+    has_blank = any(not token.content.strip(f" {SPACE}") for token in tokens if token.normalized)
+    # A token of spaces alone may occur at any place for a cut, and a very long token exceeds the context.
+    if not known or has_blank or any(len(token.content) > MAX_PART // 8 for token in tokens):
         return None
     return FastSeam(backend)
 
@@ -139,9 +141,9 @@ def component_steps(component: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def is_plain_bpe(model: Any) -> bool:
-    """Return whether a model is a BPE that makes its pieces by merges of characters and nothing else."""
-    special = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
-    return isinstance(model, models.BPE) and not any(getattr(model, name) for name in special)
+    """Return whether a model is a BPE that forms its pieces only by merging characters."""
+    options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
+    return isinstance(model, models.BPE) and not any(getattr(model, name) for name in options)
 
 
 def _normalizes_locally(step: Mapping[str, Any]) -> bool:
@@ -153,35 +155,37 @@ def _is_run(pattern: Mapping[str, str]) -> bool:
 
 
 def _splits_locally(backend: Backend) -> bool:
-    """Return whether every splitter is local, up to one that always splits at a place for cuts and so parts both sides."""
-    found = list(component_steps(backend.pre_tokenizer))
-    for step in found:
+    """Return whether every splitter is local, up to the first one that always splits at the places for cuts."""
+    steps = list(component_steps(backend.pre_tokenizer))
+    for step in steps:
         if step["type"] == "ByteLevel":
-            # It writes the text in other characters, of which nothing is known here: it splits first, or it is the last.
-            return bool(step["use_regex"]) or step is found[-1]
+            # It replaces the characters by others, which later steps are not checked for: it must split, or be the last step.
+            return bool(step["use_regex"]) or step is steps[-1]
         expressions = _expressions(step)
-        if WHITE_SPACE in expressions and expressions & MARKS and expressions <= KNOWN:
+        if WHITE_SPACE in expressions and expressions & PUNCTUATION_PATTERNS and expressions <= KNOWN_PATTERNS:
             return True
-        if step["type"] not in LOCAL_SPLITTERS and not (expressions and (expressions <= KNOWN or _is_run(step["pattern"]))):
+        is_local = expressions and (expressions <= KNOWN_PATTERNS or _is_run(step["pattern"]))
+        if step["type"] not in LOCAL_SPLITTERS and not is_local:
             return False
     return True
 
 
 def _expressions(step: Mapping[str, Any]) -> frozenset[str]:
-    """Return the alternatives of a Split that makes a word of each match; for another Split a blank one, which is not known."""
+    """Return the alternatives of a Split whose matches become words; for other steps none, or "", which is no known one."""
     if step["type"] != "Split" or step["invert"]:
         return frozenset()
+    # A possessive quantifier matches the same words as the usual one.
     found = alternatives(step["pattern"].get("Regex", "")) if step["behavior"] == "Isolated" else [""]
-    return frozenset(a if a in KNOWN else re.sub(r"([?*+])\+", r"\1", a) for a in found)  # possessive, or not: the same words
+    return frozenset(a if a in KNOWN_PATTERNS else re.sub(r"([?*+])\+", r"\1", a) for a in found)
 
 
 def alternatives(expression: str) -> Iterator[str]:
-    """Yield the alternatives of a regular expression, without those within its groups and classes."""
+    """Yield the alternatives of a regular expression, not those within its groups and classes."""
     begin = depth = 0
     in_class = False
     for match in re.finditer(r"\\.|[][()|]", expression, re.DOTALL):
         match match[0]:
-            case "[":  # what is within a class is no group
+            case "[":  # parentheses within a class are literal
                 in_class = True
             case "]":
                 in_class = False

@@ -19,7 +19,7 @@ from megatron.data.slow_patterns import check_patterns, failures_as_data_errors,
 from megatron.data.tokenizer_base import END_OF_TEXT, HugeIdError, Tokenizer, read_tokenizer_file
 from megatron.files.regular import parse_json
 
-# The names that an end of document goes by in files that do not say which token it is.
+# Usual names of the end-of-document token, for files that do not state which token it is.
 USUAL_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<EOD>", "[EOS]")
 
 
@@ -27,7 +27,7 @@ class FastTokenizer(Tokenizer):
     """A tokenizer that the `tokenizers` package runs."""
 
     def __init__(self, backend: Backend, special: Mapping[str, int], assets: Mapping[str, bytes], extra_ids: int = 0) -> None:
-        # A tokenizer.json may ask for both, which would change the ids of a corpus.
+        # A tokenizer.json may enable both, which would change the ids of a corpus.
         backend.no_truncation()
         backend.no_padding()
         self._backend, self.special, self.assets, self.extra_ids = backend, special, assets, extra_ids
@@ -41,13 +41,13 @@ class FastTokenizer(Tokenizer):
         return self._vocab_size
 
     def tokenize(self, text: str) -> list[int]:
-        """Return the ids of a text, tokenized part by part where it is long."""
+        """Return the ids of a text; a long text is tokenized in parts."""
         with failures_as_data_errors(self.kind):
             return [i for part in self.parts(text) for i in self._backend.encode(part, add_special_tokens=False).ids]
 
     @cached_property
     def seam(self) -> Seam | None:
-        """Finds the places where long texts can be cut, from the steps of the backend."""
+        """The seam that follows from the steps of the backend; None if they are not all known to be local."""
         return fast_seam(self._backend)
 
     def tokenize_many(self, texts: Sequence[str]) -> list[list[int]]:
@@ -57,19 +57,19 @@ class FastTokenizer(Tokenizer):
 
     @property
     def special_in_text(self) -> Mapping[str, int]:
-        """Added tokens that are special, by their text."""
+        """Ids of the added tokens that are special, by their text."""
         added = self._backend.get_added_tokens_decoder()
         return {token.content: number for number, token in added.items() if token.special}
 
     def read_special_as_text(self) -> None:
-        """Tokenize special tokens in texts as any other text; DataError where the model itself makes their ids."""
+        """Tokenize special tokens in texts like any other text; DataError if the model itself still produces their ids."""
         self._backend.encode_special_tokens = True
         unknown = getattr(self._backend.model, "unk_token", None)
         for token, number in self.special_in_text.items():
             if token != unknown and number in self.tokenize(token):
                 raise DataError(
-                    f"--special-tokens-in-text plain: {self.kind} cannot do it with this vocabulary, whose model itself makes "
-                    f"its id of {token!r} in a text; take such texts out, or leave the flag out"
+                    f"--special-tokens-in-text plain: {self.kind} cannot do it with this vocabulary: its model turns "
+                    f"{token!r} in a text into its id; remove it from the texts, or leave the flag out"
                 )
 
     def detokenize(self, ids: Sequence[int]) -> str:
@@ -78,16 +78,16 @@ class FastTokenizer(Tokenizer):
             return str(self._backend.decode(list(ids), skip_special_tokens=False))
 
     def piece(self, number: int) -> str:
-        """Return the token with this id; "" where there is none."""
+        """Return the token with this id; "" if there is none."""
         return str(self._backend.id_to_token(number) or "")
 
     def backend(self) -> Backend:
-        """Return the backend itself."""
+        """Return the tokenizer of the `tokenizers` package."""
         return self._backend
 
 
 class GPT2BPETokenizer(FastTokenizer):
-    """GPT-2's byte-level BPE from vocab.json and merges.txt; `<|endoftext|>` ends a document, and is recognized in texts."""
+    """GPT-2's byte-level BPE from vocab.json and merges.txt; `<|endoftext|>` ends documents, and is recognized in texts."""
 
     kind = "GPT2BPETokenizer"
 
@@ -104,7 +104,7 @@ class GPT2BPETokenizer(FastTokenizer):
             backend = Backend(models.BPE(vocab=vocab, merges=merges, fuse_unk=False))
         except Exception as error:  # `tokenizers` raises plain Exceptions
             raise DataError(f"{vocab_file} and {merge_file} are not vocab.json and merges.txt of GPT-2 BPE: {error}") from error
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # GPT-2 puts no space before a text
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # GPT-2 adds no space before a text
         backend.decoder = decoders.ByteLevel()
         special = {}
         if END_OF_TEXT in vocab:
@@ -134,14 +134,14 @@ def word_piece_backend(
     chinese_characters: bool = True,
     max_word: int = 200,
 ) -> Backend:
-    """Return BERT's WordPiece (arXiv 1810.04805) over a vocabulary, without special tokens in text.
+    """Return BERT's WordPiece (arXiv 1810.04805) over a vocabulary; it recognizes no special tokens in texts.
 
     Args:
         vocab: maps words to ids, with `[UNK]`, `[CLS]` and `[SEP]`.
-        lower_case: put text into lower case first.
-        strip_accents: remove accents; None: as `lower_case` says.
+        lower_case: convert texts to lower case.
+        strip_accents: remove accents; None removes them if `lower_case` is set.
         chinese_characters: make each Chinese character a word of its own.
-        max_word: characters of the longest word that is cut into pieces; longer ones are unknown.
+        max_word: maximum number of characters of a word; longer words become `[UNK]`.
     """
     backend = Backend(models.WordPiece(dict(vocab), unk_token="[UNK]", max_input_chars_per_word=max_word))
     backend.normalizer = normalizers.BertNormalizer(
@@ -177,13 +177,13 @@ class BertWordPieceLowerCase(BertWordPieceTokenizer):
 
 
 class BertWordPieceCase(BertWordPieceTokenizer):
-    """BERT's word pieces of text as it is."""
+    """BERT's word pieces of text with case and accents."""
 
     kind, lower_case = "BertWordPieceCase", False
 
 
-def _older_form(directory: Path) -> str | None:
-    """Return the flags for a tokenizer that a directory holds in a form older than tokenizer.json; None for none."""
+def _flags_for_older_form(directory: Path) -> str | None:
+    """Return the flags for a directory's tokenizer in a form older than tokenizer.json; None if it has none."""
     forms = {
         "tokenizer.model": f"--tokenizer-type GPTSentencePieceTokenizer --tokenizer-model {directory / 'tokenizer.model'}",
         "merges.txt": f"--tokenizer-type GPT2BPETokenizer --vocab-file {directory / 'vocab.json'} --merge-file "
@@ -194,14 +194,14 @@ def _older_form(directory: Path) -> str | None:
 
 
 class HuggingFaceTokenizer(FastTokenizer):
-    """Any tokenizer.json; what lies beside it (tokenizer_config.json, special_tokens_map.json) names the special tokens."""
+    """Any tokenizer.json; the files beside it, tokenizer_config.json and special_tokens_map.json, name its special tokens."""
 
     kind = "HuggingFaceTokenizer"
 
     def __init__(self, path: str) -> None:
         file = Path(path) / "tokenizer.json" if os.path.isdir(path) else Path(path)
-        if os.path.isdir(path) and not os.path.lexists(file) and (instead := _older_form(Path(path))):
-            raise DataError(f"--tokenizer-model {path} holds no tokenizer.json but an older form: give {instead}")
+        if os.path.isdir(path) and not os.path.lexists(file) and (flags := _flags_for_older_form(Path(path))):
+            raise DataError(f"--tokenizer-model {path} has no tokenizer.json but an older form: give {flags}")
         data = read_tokenizer_file(str(file), "--tokenizer-model")
         try:
             with panics_as_data_errors(str(file)):
@@ -211,30 +211,34 @@ class HuggingFaceTokenizer(FastTokenizer):
         except Exception as error:  # `tokenizers` raises plain Exceptions
             raise DataError(f"{file} is not a tokenizer.json: {error}") from error
         check_patterns(backend, str(file))
-        about = {n: file.parent / n for n in ("special_tokens_map.json", "tokenizer_config.json")}
+        config_files = {name: file.parent / name for name in ("special_tokens_map.json", "tokenizer_config.json")}
         assets = {
             "tokenizer.json": data,
-            **{n: read_tokenizer_file(str(p), "--tokenizer-model") for n, p in about.items() if os.path.lexists(p)},
+            **{
+                name: read_tokenizer_file(str(config_file), "--tokenizer-model")
+                for name, config_file in config_files.items()
+                if os.path.lexists(config_file)
+            },
         }
         self._config: dict[str, Any] = {}
-        for name, place in about.items():
+        for name, config_file in config_files.items():
             try:
                 self._config |= parse_json(assets.get(name, b"{}"))
             except (ValueError, TypeError) as error:
-                raise DataError(f"{place} is not a JSON object: {error}") from error
+                raise DataError(f"{config_file} is not a JSON object: {error}") from error
         special: dict[str, int] = {}
         for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"):
             entry = self._config.get(f"{role}_token")
             number = backend.token_to_id(str(entry.get("content") if isinstance(entry, dict) else entry)) if entry else None
             if number is not None:
                 special[role] = number
-        # The end of a sequence ends a document too, unless no file names one: then any usual name will do.
+        # The end-of-sequence token ends documents too; if no file names it, the first usual name in the vocabulary does.
         ends = [special.get("eos"), *map(backend.token_to_id, USUAL_ENDS)]
         end = next((number for number in ends if number is not None), None)
         super().__init__(backend, special if end is None else {**special, "eod": end}, assets)
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the ids, without the files beside tokenizer.json."""
+        """Return the identity without the digests of the files beside tokenizer.json."""
         # The files beside tokenizer.json matter only through the special tokens that they name.
         identity = super().identity()
         return {**identity, "files": {"tokenizer.json": identity["files"]["tokenizer.json"]}}

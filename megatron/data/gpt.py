@@ -1,4 +1,4 @@
-"""GPT samples: `seq_length + 1` consecutive tokens, across the borders of documents."""
+"""GPT samples: `seq_length + 1` consecutive tokens, which may span several documents."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SPLITS = ("training", "validation", "test")
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample of GPT. tokens: int64 `[seq + 1]`; all but the last are inputs, all but the first are labels."""
+    """One GPT sample. tokens: int64 `[seq + 1]`; all but the last are inputs, all but the first are labels."""
 
     tokens: NDArray[np.int64]
 
@@ -33,26 +33,26 @@ class SampleSource(Protocol):
     def __getitem__(self, number: int) -> Any: ...
 
     def locate(self, number: int, position: int) -> str:
-        """Return the place of token `position` of a sample in the files, for a message."""
+        """Return the place in the files of a sample's token at `position`, for a message."""
         ...
 
 
 class GPTDataset:
     """Samples of `seq_length + 1` tokens from some sequences of an indexed dataset, in training order.
 
-    `dataset[i]` is sample i of the order that the index fixes.
+    `dataset[i]` is sample i of the shuffled order that the index stores.
 
     Args:
         indexed: the dataset on disk.
         sequences: numbers of the sequences to read.
         seq_length: input tokens of a sample.
-        seed: seed of the order.
-        num_samples: least number of samples; None for one epoch.
+        seed: seed of the shuffled order.
+        num_samples: minimum number of samples; None for one epoch.
         split: name of the split, for messages.
-        cache: keeps the built index; None builds it in memory.
+        cache: stores the built index on disk; None builds it in memory.
 
     Raises:
-        DataError: when the sequences hold no tokens.
+        DataError: if the sequences have no tokens; `__getitem__` raises it if the cached index is damaged.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class GPTDataset:
             numbers = np.arange(sequences.start, sequences.stop, dtype=np.int32)
             return asdict(build_sample_index(indexed.lengths, numbers, seq_length, seed, num_samples))
 
-        # The names of the keys are part of the cache's path, so renaming one would rebuild every index.
+        # The cache's path is a digest of these names and values, so renaming one would rebuild every index.
         key: dict[str, object] = dict(
             sequences=[sequences.start, sequences.stop], seq_length=seq_length, seed=seed, wanted=num_samples
         )
@@ -117,26 +117,28 @@ class GPTDataset:
             raise self._damaged(f"sample {number} has {filled} tokens")
         return Sample(tokens)
 
-    def _damaged(self, what: str) -> DataError:
+    def _damaged(self, problem: str) -> DataError:
+        """Return the error for an index that does not fit the dataset."""
         where = "" if self.cache is None else f" in {self.cache.folder(self.indexed.prefix)}"
-        return DataError(f"{self.indexed.prefix}: its index cache{where} is damaged: {what}; delete it")
+        return DataError(f"{self.indexed.prefix}: its index cache{where} is damaged: {problem}; delete it")
 
     def locate(self, number: int, position: int) -> str:
         """Return the place of token `position` of a sample, for a message: file, document, token."""
         place, start = self.index.samples[int(self.index.shuffle[number])].tolist()
         while True:
             sequence = int(self.index.documents[place])
-            rest = int(self.indexed.lengths[sequence]) - start
-            if position < rest:
+            remaining = int(self.indexed.lengths[sequence]) - start
+            if position < remaining:
                 document = int(np.searchsorted(self.indexed.documents, sequence, side="right")) - 1
                 return f"{self.indexed.bin_path}, document {document}, token {start + position}"
-            place, start, position = place + 1, 0, position - rest
+            place, start, position = place + 1, 0, position - remaining
 
 
 def parse_split(split: str) -> list[tuple[float, float] | None]:
-    """Return begin and end of the training, validation and test split in 0 to 1, None for an empty one ("969,30,1").
+    """Return start and end of the three splits in a text like "969,30,1", as fractions from 0 to 1; None if one is empty.
 
-    The arithmetic is Megatron-Core 0.16's to the last bit, since the borders are rounded to whole documents.
+    The splits are training, validation and test. The arithmetic is Megatron-Core 0.16's to the last bit, since the borders are
+    rounded to whole documents.
     """
     try:
         shares = split_shares(split)

@@ -1,6 +1,6 @@
-"""Read the tokenizer of a Hugging Face directory, from the files that transformers reads: a tokenizer.json or older forms.
+"""Read the tokenizer of a Hugging Face directory, from the files that transformers reads: tokenizer.json or older formats.
 
-Older directories hold `vocab.json` and `merges.txt` (GPT-2), `vocab.txt` (BERT) or `tokenizer.model` (SentencePiece), with
+Older directories contain `vocab.json` and `merges.txt` (GPT-2), `vocab.txt` (BERT) or `tokenizer.model` (SentencePiece), with
 added tokens in `added_tokens.json`, `special_tokens_map.json` and `tokenizer_config.json`.
 """
 
@@ -22,40 +22,40 @@ from megatron.data.sentence_piece import GPTSentencePieceTokenizer
 from megatron.data.tokenizer_base import END_OF_TEXT, Tokenizer, read_tokenizer_file
 from megatron.files.regular import parse_json
 
-# Any of these is a tokenizer; the first one that is there counts.
+# Each of these is a tokenizer; the first one that exists is read.
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-# The special tokens of transformers' classes where the files name none.
+# Special tokens that transformers' classes assume if the files name none.
 GPT2_ROLES = {"bos": END_OF_TEXT, "eos": END_OF_TEXT, "unk": END_OF_TEXT}
 BERT_ROLES = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
 
 
 def has_hf_tokenizer(directory: Path) -> bool:
-    """Return whether a Hugging Face directory holds a vocabulary."""
+    """Return whether a Hugging Face directory contains a vocabulary file."""
     return any(os.path.lexists(directory / name) for name in VOCABULARIES)
 
 
 def read_hf_tokenizer(directory: Path) -> Tokenizer | None:
-    """Return the tokenizer of a Hugging Face directory; None if it has no known files. DataError for damaged ones."""
-    first = next((name for name in VOCABULARIES if os.path.lexists(directory / name)), None)
-    about = _config(directory)
-    match first:
+    """Return the tokenizer of a Hugging Face directory; None if it has no known files, DataError if they are damaged."""
+    vocabulary = next((name for name in VOCABULARIES if os.path.lexists(directory / name)), None)
+    config = _read_config(directory)
+    match vocabulary:
         case "tokenizer.json":
             return HuggingFaceTokenizer(str(directory))
         case "vocab.json" if os.path.lexists(directory / "merges.txt"):
             gpt2 = GPT2BPETokenizer(str(directory / "vocab.json"), str(directory / "merges.txt"))
             backend = gpt2.backend()
-            backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(about.get("add_prefix_space", False)))
-            return _with_added_tokens(backend, about, GPT2_ROLES)
+            backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(config.get("add_prefix_space", False)))
+            return _with_added_tokens(backend, config, GPT2_ROLES)
         case "vocab.txt":
             backend = word_piece_backend(
                 read_word_pieces(str(directory / "vocab.txt"), "vocab.txt"),
-                lower_case=bool(about.get("do_lower_case", True)),
-                strip_accents=about.get("strip_accents"),
-                chinese_characters=bool(about.get("tokenize_chinese_chars", True)),
+                lower_case=bool(config.get("do_lower_case", True)),
+                strip_accents=config.get("strip_accents"),
+                chinese_characters=bool(config.get("tokenize_chinese_chars", True)),
                 max_word=100,
             )
-            return _with_added_tokens(backend, about, BERT_ROLES)
+            return _with_added_tokens(backend, config, BERT_ROLES)
         case "tokenizer.model":
             return GPTSentencePieceTokenizer(str(directory / "tokenizer.model"))
     return None
@@ -74,31 +74,35 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return values
 
 
-def _config(directory: Path) -> dict[str, Any]:
-    """Return tokenizer_config.json with the entries of older files.
-
-    They count where it lists no `added_tokens_decoder`, as in transformers.
-    """
-    about = read_json_object(directory / "tokenizer_config.json")
-    if "added_tokens_decoder" in about:
-        return about
-    about |= read_json_object(directory / "special_tokens_map.json")
-    return {**about, "added_tokens": read_json_object(directory / "added_tokens.json")}
+def _read_config(directory: Path) -> dict[str, Any]:
+    """Return the entries of tokenizer_config.json, and of older files unless it has `added_tokens_decoder`."""
+    config = read_json_object(directory / "tokenizer_config.json")
+    if "added_tokens_decoder" in config:
+        return config
+    config |= read_json_object(directory / "special_tokens_map.json")
+    return {**config, "added_tokens": read_json_object(directory / "added_tokens.json")}
 
 
-def _with_added_tokens(backend: Backend, about: Mapping[str, Any], defaults: Mapping[str, str]) -> HuggingFaceTokenizer:
-    """Return a tokenizer with the tokens that its directory adds.
+def _with_added_tokens(backend: Backend, config: Mapping[str, Any], defaults: Mapping[str, str]) -> HuggingFaceTokenizer:
+    """Return a tokenizer with the added tokens of its directory.
 
-    They are added in transformers' order, by id and then special ones that are new, since the order decides their ids.
+    They are added in transformers' order, which decides the ids of new ones: listed tokens by id, then further special ones.
+
+    Args:
+        backend: the tokenizer without added tokens; it is modified.
+        config: entries of tokenizer_config.json.
+        defaults: special tokens, by role, that are assumed if the directory names none.
     """
     roles = dict(defaults)
     for role in ROLES:
-        if f"{role}_token" in about:
-            roles[role] = _content(about[f"{role}_token"])
+        if f"{role}_token" in config:
+            roles[role] = _token_text(config[f"{role}_token"])
     roles = {role: token for role, token in roles.items() if token}
-    listed = {token.content: token for token in _listed(about, set(roles.values()))}
-    # One that stands in the list is found in text as it says there, spaces beside it and all.
-    further = (_content(entry) for entry in about.get("extra_special_tokens") or about.get("additional_special_tokens") or [])
+    listed = {token.content: token for token in _listed_tokens(config, set(roles.values()))}
+    # A listed token keeps the options of its entry for how it is found in texts, such as `lstrip`.
+    further = (
+        _token_text(entry) for entry in config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    )
     listed |= {token: AddedToken(token, special=True) for token in (*roles.values(), *further) if token not in listed}
     for token in listed.values():
         if token.special:
@@ -108,27 +112,27 @@ def _with_added_tokens(backend: Backend, about: Mapping[str, Any], defaults: Map
     return wrap_backend(backend, roles)
 
 
-def _content(entry: object) -> str:
-    """Return the text of a special token, which stands alone or in an object with how it is found in text."""
+def _token_text(entry: object) -> str:
+    """Return the text of a special token, given as a string or as an object with further options."""
     return str(entry.get("content") or "") if isinstance(entry, dict) else str(entry or "")
 
 
-def _listed(about: Mapping[str, Any], special: set[str]) -> Iterator[AddedToken]:
-    """Yield the tokens of `added_tokens_decoder` or of added_tokens.json, by id. DataError for entries that are none."""
+def _listed_tokens(config: Mapping[str, Any], special: set[str]) -> Iterator[AddedToken]:
+    """Yield the tokens of `added_tokens_decoder` or added_tokens.json, by id; DataError if an entry is invalid."""
     try:
-        entries = sorted((int(number), entry) for number, entry in about.get("added_tokens_decoder", {}).items())
+        entries = sorted((int(number), entry) for number, entry in config.get("added_tokens_decoder", {}).items())
         for _, entry in entries:
             yield AddedToken(**entry)
-        for token, _ in sorted(about.get("added_tokens", {}).items(), key=lambda pair: int(pair[1])):
+        for token, _ in sorted(config.get("added_tokens", {}).items(), key=lambda pair: int(pair[1])):
             yield AddedToken(token, normalized=token not in special, special=token in special)
     except (TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"the added tokens of tokenizer_config.json or added_tokens.json are none: {error}") from error
+        raise DataError(f"the added tokens of tokenizer_config.json or added_tokens.json are invalid: {error}") from error
 
 
 def wrap_backend(backend: Backend, roles: Mapping[str, str]) -> HuggingFaceTokenizer:
-    """Return a tokenizer of the `tokenizers` package as a `HuggingFaceTokenizer`, which needs no file but its own.
+    """Return a tokenizer of the `tokenizers` package as a `HuggingFaceTokenizer`, by way of a temporary tokenizer.json.
 
-    roles: its special tokens, by `bos`, `eos`, `unk`, `sep`, `pad`, `cls`, `mask`.
+    roles: its special tokens by role: `bos`, `eos`, `unk`, `sep`, `pad`, `cls`, `mask`.
     """
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -137,5 +141,5 @@ def wrap_backend(backend: Backend, roles: Mapping[str, str]) -> HuggingFaceToken
         (folder / "special_tokens_map.json").write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
         try:
             return HuggingFaceTokenizer(name)
-        except DataError as error:  # without the name of the folder, which is gone when it is read
+        except DataError as error:  # its message names the temporary folder, which no longer exists
             raise DataError(f"it cannot be written as a tokenizer.json: {error.__cause__ or error}") from error

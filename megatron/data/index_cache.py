@@ -1,8 +1,9 @@
 """Cache sample indices on disk: one process builds an index, and all others map it into memory.
 
-An index is stored in `DIRECTORY/<dataset>/<settings and version of the file>/`, which appears by a rename, complete or not at
-all. The process that builds it holds a lock, which the kernel releases if it dies. The others wait for it, up to a time limit,
-after which they build the index in memory. All processes do so if the directory cannot be written.
+An index is stored in `DIRECTORY/<digest of the dataset's path>/<digest of settings and file version>/`, which is created by a
+rename, so that it is never incomplete. The process that builds it holds a file lock, which the kernel releases if the process
+dies. The other processes wait for the lock up to a time limit, after which they build the index in memory. All processes do
+that if the directory cannot be written.
 """
 
 from __future__ import annotations
@@ -24,32 +25,35 @@ from numpy.typing import NDArray
 
 from megatron.files.regular import check_regular, read_json
 
-MMAP_MIN_SIZE = 100_000  # numbers; smaller indices are read
-VERSION = 1  # of the sample order and of these files
+MMAP_MIN_SIZE = 100_000  # array elements; smaller indices are read into memory
+VERSION = 1  # version of the sample order and of the cache's files
 Arrays = dict[str, NDArray[Any]]
 
 
 class IndexCache:
-    """Keeps index arrays in a directory; by default in `cache` beside each dataset. timeout: seconds to wait for a builder."""
+    """Stores index arrays in a directory, by default `cache` beside each dataset.
+
+    timeout: seconds to wait for another process that builds an index.
+    """
 
     def __init__(self, directory: str | None = None, timeout: float = 600.0) -> None:
         self.directory, self.timeout = directory, timeout
 
     def folder(self, prefix: str) -> Path:
-        """Return the directory of a dataset's indices."""
+        """Return the directory of a dataset's cache."""
         return Path(self.directory) if self.directory else Path(prefix).parent / "cache"
 
     def get(self, prefix: str, key: dict[str, object], build: Callable[[], Arrays], source: str | None = None) -> Arrays:
-        """Return the arrays that `build` makes for a dataset with these settings: from the cache, or built and put there.
+        """Return the arrays that `build` makes for a dataset with these settings: from the cache, or built and stored there.
 
         Args:
-            prefix: the dataset, for its directory and for messages.
-            key: the settings, as JSON.
+            prefix: the dataset, which determines the default directory and appears in messages.
+            key: the settings; must be serializable as JSON.
             build: makes the arrays.
-            source: a file whose size and time of change are part of the key, so that a replaced file is noticed.
+            source: a file whose size and modification time are added to the key, so that a replaced file is noticed.
 
         Raises:
-            DataError: as `build` does.
+            DataError: if `build` raises it.
         """
         log = logging.getLogger(__name__)
         folder = self.folder(prefix)
@@ -59,8 +63,8 @@ class IndexCache:
             stat = os.stat(source)
             about["source"] = os.path.realpath(source)
             stamp = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-        folder /= json_digest({"source": about.get("source")})  # one directory for each dataset
-        place = folder / json_digest({**about, **stamp})  # and one in it for each key
+        folder /= json_digest({"source": about.get("source")})  # a directory per dataset
+        place = folder / json_digest({**about, **stamp})  # with a directory per key
         found = load_arrays(place)
         if found is not None:
             log.info("%s: index from cache %s", prefix, place)
@@ -69,7 +73,7 @@ class IndexCache:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with file_lock(folder / f".{place.name}.lock", self.timeout):
-                found = load_arrays(place)  # again: it may have come just now
+                found = load_arrays(place)  # again, since another process may have built it meanwhile
                 if found is not None:
                     log.info("%s: index from cache %s, built by another process", prefix, place)
                     return found
@@ -78,7 +82,7 @@ class IndexCache:
                 arrays = build()
                 write_arrays(arrays, place, {**about, **stamp})
                 return load_arrays(place) or arrays
-        except OSError as error:  # a full or read-only disk, or a builder that takes too long
+        except OSError as error:  # a full or read-only disk, or the timeout of the lock
             log.warning("no index cache in %s (%s); every process builds its index in memory", folder, error)
             return build() if arrays is None else arrays
 
@@ -89,41 +93,46 @@ def json_digest(value: dict[str, object]) -> str:
 
 
 def load_arrays(place: Path) -> Arrays | None:
-    """Return the arrays in a directory, memory-mapped; None if some are missing or are not arrays of whole numbers."""
+    """Return the arrays in a directory, memory-mapped; None if some are missing or are not integer arrays."""
     try:
         about = read_json(place / "about.json")
         shapes = {name: tuple(shape) for name, shape in about["arrays"].items() if name.isidentifier()}
-        # Mapped in any case, so that no header of a file makes this process take memory.
+        # Mapped even if small, so that a damaged header cannot make this process allocate memory.
         for name in shapes:
             check_regular(place / f"{name}.npy")
         arrays = {name: np.load(place / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in shapes}
         for name, array in arrays.items():
             if not isinstance(array, np.memmap) or array.shape != shapes[name] or array.dtype.kind not in "iu":
                 return None
-        # A memory map holds a file open, which a blend of thousands cannot afford for small arrays.
+        # A memory map keeps its file open, and a blend of thousands of datasets would exceed the limit of open files.
         small = sum(array.size for array in arrays.values()) <= MMAP_MIN_SIZE
         found: Arrays = {name: np.array(array) for name, array in arrays.items()} if small else {**arrays}
         return found if len(shapes) == len(about["arrays"]) else None
-    except Exception:  # numpy's readers of zip files and of headers raise many kinds, and all mean the same here
+    except Exception:  # numpy raises many kinds for damaged files, and all mean that the index must be built
         return None
 
 
 def source_changed(about: Path, stamp: dict[str, object]) -> bool:
-    """Return whether an index was built from a file of another size or modification time."""
+    """Return whether a stored index was built from a file with another size or modification time.
+
+    Args:
+        about: the index's about.json.
+        stamp: the file's size and modification time now.
+    """
     try:
-        then = read_json(about)
-        return any(then[name] != value for name, value in stamp.items())
+        stored = read_json(about)
+        return any(stored[name] != value for name, value in stamp.items())
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
 def write_arrays(arrays: Arrays, place: Path, about: dict[str, object]) -> None:
-    """Write arrays beside their place, then rename them there.
+    """Write arrays to a temporary directory, then rename it to its place.
 
     Args:
-        arrays: by name.
+        arrays: the arrays by name.
         place: directory of the finished index.
-        about: settings that are written down with it.
+        about: settings to store with it.
     """
     temporary = place.with_name(f"{place.name}.{os.getpid()}.tmp")
     remove_stale_builds(place)
@@ -134,14 +143,14 @@ def write_arrays(arrays: Arrays, place: Path, about: dict[str, object]) -> None:
         for name, array in arrays.items():
             np.save(temporary / f"{name}.npy", array, allow_pickle=False)
         if place.exists():
-            shutil.rmtree(place)  # it is there, yet could not be loaded
+            shutil.rmtree(place)  # damaged, since it could not be loaded
         os.rename(temporary, place)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_stale_builds(place: Path) -> None:
-    """Remove the left-overs of killed builders: of this index, whose lock is held, and of others that nobody is building."""
+    """Remove temporary directories of killed builders: of this index, whose lock the caller holds, and of unlocked ones."""
     for left_over in place.parent.glob("*.*.tmp"):
         name = left_over.name.split(".")[0]
         with contextlib.suppress(OSError), contextlib.ExitStack() as held:
@@ -153,7 +162,7 @@ def remove_stale_builds(place: Path) -> None:
 @contextlib.contextmanager
 def file_lock(path: Path, timeout: float) -> Iterator[None]:
     """Hold a file lock inside the block; TimeoutError (an OSError) if another process holds it for `timeout` seconds."""
-    # Not through a link, which somebody else may have put into a directory that many share, nor a pipe, which would wait.
+    # O_NOFOLLOW: in a shared directory someone may have planted a symlink. O_NONBLOCK: opening a pipe would block.
     with open(path, "a", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)) as file:
         start = time.monotonic()
         while True:

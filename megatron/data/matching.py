@@ -1,4 +1,4 @@
-"""Check that datasets were made with a tokenizer: by the sidecar file, or without one by the token ids."""
+"""Check that datasets were made with a given tokenizer: by the sidecar file or, without one, by the token ids."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from megatron.data.indexed import IndexedDataset, read_sidecar
 from megatron.data.special_tokens import ROLE_FLAGS, describe_token
 from megatron.data.tokenizer_base import PROBES, Tokenizer
 
-MAX_CHECKED_TOKENS = 1 << 24  # tokens that are checked without a sidecar; in a larger dataset, in pieces spread over it
-CHECKED_PIECE = 1 << 16
+MAX_CHECKED_TOKENS = 1 << 24  # tokens to check without a sidecar; of a larger dataset, pieces spread over it are checked
+CHECKED_PIECE = 1 << 16  # tokens of one of these pieces
 # Texts that equal tokenizers must tokenize alike: punctuation, numbers, accents, other scripts, special tokens.
 PROBE_TEXTS = (
     *PROBES,
@@ -30,14 +30,14 @@ PROBE_TEXTS = (
     "   \n\n\t ",
     "x" * 250,
 )
-ROLE_NAMES = {"eod": "the end of document", "bos": "the first token"}  # in messages; other roles have their own names
+ROLE_NAMES = {"eod": "the end of document", "bos": "the first token"}  # in messages; other roles appear under their own names
 
 
 def check_tokenizer(dataset: IndexedDataset, tokenizer: Tokenizer) -> None:
     """Check that a dataset was made with this tokenizer.
 
     Raises:
-        DataError: the sidecar names another tokenizer; or, without a sidecar, the tokenizer lacks some of the ids.
+        DataError: the sidecar names another tokenizer, or, without a sidecar, some ids are outside the vocabulary.
     """
     meta = dataset.meta()
     made_with = meta.get("tokenizer_digest")
@@ -53,23 +53,28 @@ def check_tokenizer(dataset: IndexedDataset, tokenizer: Tokenizer) -> None:
         )
 
 
-def _other_special_tokens(prefix: str, there: Mapping[str, Any], tokenizer: Tokenizer) -> str:
-    """Return the message for tokenizers that differ only in the roles of special tokens. there: the dataset's ids by role."""
-    other = [role for role in {**there, **tokenizer.special} if there.get(role) != tokenizer.special.get(role)]
-    here = {role: _named(tokenizer, tokenizer.special.get(role)) for role in other}
-    words = [
-        f"{ROLE_NAMES.get(role, role)} is {_named(tokenizer, there.get(role))} there and {here[role]} in this run"
-        for role in other
+def _other_special_tokens(prefix: str, dataset_ids: Mapping[str, Any], tokenizer: Tokenizer) -> str:
+    """Return the message for tokenizers that differ only in the roles of special tokens.
+
+    dataset_ids: ids of the special tokens that the dataset was made with, by role.
+    """
+    run_ids = tokenizer.special
+    roles = [role for role in {**dataset_ids, **run_ids} if dataset_ids.get(role) != run_ids.get(role)]
+    differences = [
+        f"{ROLE_NAMES.get(role, role)} is {_token_name(tokenizer, dataset_ids.get(role))} in the dataset and "
+        f"{_token_name(tokenizer, run_ids.get(role))} in this run"
+        for role in roles
     ]
-    ways = [f"{ROLE_FLAGS[role]} {there[role]}" for role in other if role in ROLE_FLAGS and role in there]
-    way = f"give {' '.join(ways)}" if len(ways) == len(other) else "use the tokenizer files that it was made with"
+    flags = [f"{ROLE_FLAGS[role]} {dataset_ids[role]}" for role in roles if role in ROLE_FLAGS and role in dataset_ids]
+    advice = f"give {' '.join(flags)}" if len(flags) == len(roles) else "use the tokenizer files that it was made with"
     return (
-        f"{prefix} was made with a {tokenizer.kind} of the same vocabulary but other special tokens: {'; '.join(words)}; "
-        f"{way}, or preprocess the text again"
+        f"{prefix} was made with a {tokenizer.kind} of the same vocabulary but other special tokens: "
+        f"{'; '.join(differences)}; {advice}, or preprocess the text again"
     )
 
 
-def _named(tokenizer: Tokenizer, number: object) -> str:
+def _token_name(tokenizer: Tokenizer, number: object) -> str:
+    """Return the description of a token for messages; "none" if there is no id."""
     return describe_token(tokenizer, number) if isinstance(number, int) else "none"
 
 
@@ -77,73 +82,74 @@ def check_ids(dataset: IndexedDataset, vocab_size: int) -> None:
     """Check that the ids of a dataset are in the vocabulary; for a large dataset, only some of them.
 
     Raises:
-        DataError: an id is not; the message names file, document and token.
+        DataError: an id is outside the vocabulary; the message names file, document and token.
     """
     limits = np.iinfo(dataset.dtype)
     if limits.min >= 0 and limits.max < vocab_size:
-        return  # the number format holds no wrong id
-    for start in _starts(dataset.token_count):
+        return  # every value of the number format is in the vocabulary
+    for start in _piece_starts(dataset.token_count):
         tokens = dataset.tokens[start : start + CHECKED_PIECE]
         if not len(tokens) or (int(tokens.max()) < vocab_size and int(tokens.min()) >= 0):
             continue
-        place = start + int(((tokens < 0) | (tokens >= vocab_size)).argmax())
-        # From the token to its sequence, and from that to its document, each by the last one that begins before it.
-        sequence = int(np.searchsorted(dataset.offsets, place * dataset.dtype.itemsize, side="right")) - 1
+        token_index = start + int(((tokens < 0) | (tokens >= vocab_size)).argmax())
+        # The token's sequence is the last one that begins at or before it, and so is the sequence's document.
+        sequence = int(np.searchsorted(dataset.offsets, token_index * dataset.dtype.itemsize, side="right")) - 1
         document = int(np.searchsorted(dataset.documents, sequence, side="right")) - 1
-        token = place - int(dataset.offsets[sequence]) // dataset.dtype.itemsize
+        token = token_index - int(dataset.offsets[sequence]) // dataset.dtype.itemsize
         first, end = dataset.documents[document : document + 2].tolist()
         sentence = f"sentence {sequence - first}, " if end - first > 1 else ""
+        token_id = int(dataset.tokens[token_index])
         raise DataError(
-            f"{dataset.bin_path}, document {document}, {sentence}token {token}: id {int(dataset.tokens[place])} is outside of "
-            f"the vocabulary of {vocab_size} ids; the data was made with another tokenizer"
+            f"{dataset.bin_path}, document {document}, {sentence}token {token}: id {token_id} is outside of the "
+            f"vocabulary of {vocab_size} ids; the data was made with another tokenizer"
         )
 
 
-def _starts(tokens: int) -> Iterator[int]:
+def _piece_starts(tokens: int) -> Iterator[int]:
     """Return the starts of the pieces to check: all of a small dataset, else some that are spread evenly over it."""
     if tokens <= MAX_CHECKED_TOKENS:
         return iter(range(0, tokens, CHECKED_PIECE))
     return iter(np.linspace(0, tokens - CHECKED_PIECE, MAX_CHECKED_TOKENS // CHECKED_PIECE).astype(np.int64).tolist())
 
 
-def adopt_data_roles(data: DataSettings, given: TokenizerConfig, tokenizer: Tokenizer) -> tuple[TokenizerConfig, list[str]]:
-    """Set a tokenizer's end-of-document and first token to those that were chosen by flags when the data were preprocessed.
+def adopt_dataset_roles(data: DataSettings, config: TokenizerConfig, tokenizer: Tokenizer) -> tuple[TokenizerConfig, list[str]]:
+    """Give a tokenizer the end-of-document and first token that flags chose when the datasets were preprocessed.
 
-    A flag of this run takes precedence over that of the preprocessing.
+    A flag of this run takes precedence.
 
     Args:
         data: the data settings, which name the datasets.
-        given: the settings of the tokenizer.
-        tokenizer: the tokenizer, which is changed.
+        config: the settings of the tokenizer.
+        tokenizer: the tokenizer, which is modified.
 
     Returns:
-        The settings of the changed tokenizer, and a line for the user about each change.
+        The settings of the modified tokenizer, and a line for the user about each change.
 
     Raises:
         DataError: a sidecar cannot be read.
     """
     lines: list[str] = []
-    for words in (data.data_path, data.train_data_path, data.valid_data_path, data.test_data_path):
-        for prefix in parse_blend(words)[0] if words else ():
-            for role, number in _chosen(prefix, tokenizer):
-                if getattr(given, f"{role}_token") is None:
+    for paths in (data.data_path, data.train_data_path, data.valid_data_path, data.test_data_path):
+        for prefix in parse_blend(paths)[0] if paths else ():
+            for role, number in _chosen_roles(prefix, tokenizer):
+                if getattr(config, f"{role}_token") is None:
                     tokenizer.choose(role, number)
-                    eod = role == "eod"
-                    given = replace(given, eod_token=str(number)) if eod else replace(given, bos_token=str(number))
-                    flag = ROLE_FLAGS[role]
+                    is_eod = role == "eod"
+                    config = replace(config, eod_token=str(number)) if is_eod else replace(config, bos_token=str(number))
+                    token = describe_token(tokenizer, number)
                     lines.append(
-                        f"{ROLE_NAMES[role]} is {describe_token(tokenizer, number)}, as {flag} said when {prefix} was made"
+                        f"{ROLE_NAMES[role]} is {token}, as chosen by {ROLE_FLAGS[role]} when {prefix} was preprocessed"
                     )
-    return given, lines
+    return config, lines
 
 
-def _chosen(prefix: str, tokenizer: Tokenizer) -> Sequence[tuple[str, int]]:
-    """Return roles and tokens that were chosen by flags when the dataset was made, if it has the tokenizer's vocabulary."""
+def _chosen_roles(prefix: str, tokenizer: Tokenizer) -> Sequence[tuple[str, int]]:
+    """Return the roles and ids that flags chose when the dataset was made; none if it has another vocabulary."""
     meta = read_sidecar(prefix.removesuffix(".bin").removesuffix(".idx"))
     chosen = meta.get("chosen")
     if not isinstance(chosen, dict) or meta.get("vocabulary_digest") != tokenizer.vocabulary_digest():
         return []
-    return [(r, n) for r, n in chosen.items() if r in ROLE_FLAGS and type(n) is int and 0 <= n < tokenizer.vocab_size]
+    return [(role, i) for role, i in chosen.items() if role in ROLE_FLAGS and type(i) is int and 0 <= i < tokenizer.vocab_size]
 
 
 def same_ids(one: Tokenizer, other: Tokenizer) -> bool:

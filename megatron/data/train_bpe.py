@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from megatron.data.corpus import BadLine, Line, check_keys, expand_globs, not_utf8, parse_line, read_blocks
+from megatron.data.corpus import BadLine, Line, check_keys, describe_utf8_error, expand_globs, parse_line, read_blocks
 from megatron.data.cuts import split_text
 from megatron.data.errors import DataError
 from megatron.data.fast_cuts import fast_seam
@@ -40,7 +40,7 @@ def _plain(line: Line) -> str:
     try:
         return line.text.decode("utf-8-sig" if line.number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{line.file}:{line.number}: {not_utf8(error)}") from error
+        raise DataError(f"{line.file}:{line.number}: {describe_utf8_error(error)}") from error
 
 
 def _values(line: Line, keys: Sequence[str]) -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.data.corpus import json_type_name, not_utf8, open_text
+from megatron.data.corpus import describe_utf8_error, json_type_name, open_text
 from megatron.data.errors import DataError
 from megatron.data.packed import BLOCK_BYTES, DAMAGE_ERRORS, damaged_error
 from megatron.files.regular import MAX_TASK_JSON_BYTES, MAX_TEXT_BYTES, check_regular, error_reason, parse_json
@@ -41,7 +41,7 @@ def read_task_text(file: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{file}:{line}: {not_utf8(error)}") from error
+        raise DataError(f"{file}:{line}: {describe_utf8_error(error)}") from error
 
 
 def read_json_value(file: str, form: str) -> JsonValue:

@@ -18,7 +18,7 @@ from megatron.config.schema import RunConfig
 from megatron.data.build import build_datasets
 from megatron.data.gpt import SampleSource
 from megatron.data.loader import Collate, MicroBatchLoader
-from megatron.data.matching import adopt_data_roles
+from megatron.data.matching import adopt_dataset_roles
 from megatron.data.mock import MADE_UP
 from megatron.data.order import order_differs, order_marks
 from megatron.data.recipe import build_recipe
@@ -170,7 +170,7 @@ def prepare_pretraining(parsed: Parsed, watch: Watchdog) -> Prepared:
         config = parsed.config
         watch.waiting("reading the tokenizer")  # `waiting` phases have no time limit: opening large datasets may take long
         tokenizer = build_tokenizer(config.tokenizer)
-        chosen, lines = adopt_data_roles(config.data, config.tokenizer, tokenizer)
+        chosen, lines = adopt_dataset_roles(config.data, config.tokenizer, tokenizer)
         config = replace(config, tokenizer=chosen, model=replace(config.model, vocab_size=tokenizer.vocab_size))
         watch.waiting("looking for a checkpoint")
         source = find_source(config.checkpoint)

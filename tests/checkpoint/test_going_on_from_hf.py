@@ -89,7 +89,7 @@ def test_the_page_leads_from_hugging_face_to_hugging_face(here, monkeypatch, cap
     assert "of the same vocabulary but other special tokens" in err and "give --eod-token 256" in err
     assert run(monkeypatch, [*training, "--reset-position-ids", "--eod-mask-loss", "--eval-iters", "1"]) == 0
     out = capsys.readouterr().out
-    assert "the end of document is '<|endoftext|>' (id 256), as --eod-token said when runs/more_text_document was made" in out
+    assert "the end of document is '<|endoftext|>' (id 256), as chosen by --eod-token when runs/more_text_document was" in out
     saved = json.loads(Path("runs/gpt-more/iter_0000002/config.json").read_text())
     assert saved["data"]["seq_length"] == 32 and saved["tokenizer"]["eod_token"] == "256"
     assert open_tokenizer(Path("runs/gpt-more/iter_0000002")).eod == END  # where generation stops

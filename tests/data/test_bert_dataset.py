@@ -319,7 +319,7 @@ def test_an_id_beyond_the_vocabulary_is_named(tmp_path: Path, tokenizer, monkeyp
     message = rf"{tmp_path}/bad.bin, document 2, sentence 1, token 3: id 92 is outside of the vocabulary of 92 ids"
     with pytest.raises(DataError, match=message):
         build_bert_dataset(tokenizer, prefix)
-    monkeypatch.setattr(matching, "_starts", lambda tokens: iter(()))
+    monkeypatch.setattr(matching, "_piece_starts", lambda tokens: iter(()))
     dataset, make = build_bert_dataset(tokenizer, prefix)
     with pytest.raises(ForeignIdError, match=message):
         make(dataset, range(40), range(40))

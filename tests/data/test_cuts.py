@@ -24,7 +24,7 @@ from tokenizers import Tokenizer as Backend
 
 from megatron.config.schema import TokenizerConfig
 from megatron.data import cuts
-from megatron.data.cuts import PLACES, Seam, split_text
+from megatron.data.cuts import CUT_PATTERNS, Seam, split_text
 from megatron.data.encode import PreprocessConfig
 from megatron.data.fast_cuts import fast_seam
 from megatron.data.indexed import IndexedDataset
@@ -160,7 +160,7 @@ def train_backend(form: tuple[Any, Any, str], *, added: bool, of_words: bool = F
 
 def allowed_cuts(text: str, seam: Seam) -> Iterator[tuple[str, str]]:
     """Every way to cut a text in two that the seam allows."""
-    for place in sorted({match.start() for kind in PLACES for match in kind.finditer(text)}):
+    for place in sorted({match.start() for kind in CUT_PATTERNS for match in kind.finditer(text)}):
         skipped = seam.judge(text[max(0, place - seam.context) : place], text[place : place + seam.context])
         if skipped is not None:
             yield text[:place], text[place + skipped :]

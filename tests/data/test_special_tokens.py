@@ -20,7 +20,7 @@ from megatron.data.build import build_datasets
 from megatron.data.encode import PreprocessConfig
 from megatron.data.errors import DataError
 from megatron.data.indexed import IndexedDataset
-from megatron.data.matching import adopt_data_roles, check_tokenizer
+from megatron.data.matching import adopt_dataset_roles, check_tokenizer
 from megatron.data.merge import merge_datasets
 from megatron.data.preprocess import preprocess
 from megatron.data.tokenizer import build_tokenizer, load_tokenizer
@@ -140,22 +140,22 @@ def test_tokenizers_that_differ_in_special_tokens(files: Path, tmp_path: Path) -
         check_tokenizer(dataset, build_tokenizer(other))
     said = str(caught.value)
     assert "was made with a HuggingFaceTokenizer of the same vocabulary but other special tokens: the end of" in said
-    assert "is '<|endoftext|>' (id 4) there and '<EOD>' (id 5) in this run; give --eod-token 4" in said
+    assert "is '<|endoftext|>' (id 4) in the dataset and '<EOD>' (id 5) in this run; give --eod-token 4" in said
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf/tokenizer.json").write_bytes((files / "hf/tokenizer.json").read_bytes())
     (tmp_path / "hf/tokenizer_config.json").write_text(json.dumps({"pad_token": "<EOD>"}))
-    with pytest.raises(DataError, match=r"pad is none there and '<EOD>' \(id 5\) in this run; use the tokenizer files"):
+    with pytest.raises(DataError, match=r"pad is none in the dataset and '<EOD>' \(id 5\) in this run; use the"):
         check_tokenizer(dataset, build_tokenizer(config(kind, tmp_path)))
     (tmp_path / "other").mkdir()
     first, (dataset, _) = dataset, documents(files, tmp_path / "other", other)
     with pytest.raises(DataError, match=r"end of document 4\).*end of document 5\); they differ in special tokens alone"):
         merge_datasets([first.prefix, dataset.prefix], str(tmp_path / "m"))
     tokenizer, data = build_tokenizer(own), DataSettings(data_path=(dataset.prefix,))
-    settings, lines = adopt_data_roles(data, own, tokenizer)
+    settings, lines = adopt_dataset_roles(data, own, tokenizer)
     assert settings.eod_token == "5" and tokenizer.eod == 5 and "'<EOD>' (id 5), as --eod-token said" in lines[0]
     check_tokenizer(dataset, tokenizer)
     tokenizer = build_tokenizer(config(kind, files, eod_token="4"))
-    assert adopt_data_roles(data, config(kind, files, eod_token="4"), tokenizer)[1] == [] and tokenizer.eod == 4
+    assert adopt_dataset_roles(data, config(kind, files, eod_token="4"), tokenizer)[1] == [] and tokenizer.eod == 4
 
 
 def test_a_chosen_end_is_in_the_export(files: Path, tmp_path: Path) -> None:

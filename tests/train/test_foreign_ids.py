@@ -24,7 +24,7 @@ def test_a_token_beyond_the_vocabulary_is_refused(
         writer.add_document(np.arange(250, 280), [30])
         writer.finish()
     if when == "met":
-        monkeypatch.setattr(matching, "_starts", lambda tokens: iter(()))
+        monkeypatch.setattr(matching, "_piece_starts", lambda tokens: iter(()))
     argv = [*FLAGS.split(), "--data-path", str(tmp_path / "bad")]
     monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *argv])
     assert pretrain(argv, program="pretrain_gpt.py", defaults={}) == 2
