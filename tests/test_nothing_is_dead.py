@@ -14,7 +14,7 @@ from source_files import ROOT, sources, tree
 ALLOWED = {
     "megatron.config.rules.check": "for Python: a configuration without a command line",
     "megatron.data.packed.UnpackedFile.readable": "called by Python's own readers of files",
-    "megatron.data.packed._Rejoined.readable": "called by Python's own readers of files",
+    "megatron.data.packed._PrependedFile.readable": "called by Python's own readers of files",
     "megatron.files.side.PipedStream.writelines": "part of a stream: whoever is given one may call it",
     "megatron.parallel.collectives.scatter_to": "its reverse, gather_from, is used; the table of collectives is whole",
     "megatron.serving.chat_sandbox.GenerationTag.parse": "called by jinja2",

@@ -39,7 +39,7 @@ from megatron.files.regular import check_regular, error_reason, open_regular, re
 MAGIC = b"MMIDIDX\x00\x00"
 LEGACY_MAGIC = b"TNTIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, token format, sequences, document bounds
-# Megatron-LM's numbers; 6 and 7 are floating point, which no token is.
+# Megatron-LM's codes; 6 and 7 are floating-point formats, which token ids do not have.
 DTYPE_CODES: Mapping[int, np.dtype[Any]] = {
     1: np.dtype("u1"),
     2: np.dtype("i1"),
@@ -49,9 +49,9 @@ DTYPE_CODES: Mapping[int, np.dtype[Any]] = {
     8: np.dtype("<u2"),
 }
 DATASET_SUFFIXES = (".bin", ".idx", ".meta.json")
-COPY_CHUNK = 1 << 24
-MMAP_MIN_BYTES = 1 << 20  # bytes; smaller indices are read
-DIGEST_BYTES = 1 << 16  # bytes at both ends of a .bin that the sidecar remembers
+COPY_CHUNK = 1 << 24  # tokens or sequences that are processed at a time, which bounds memory
+MMAP_MIN_BYTES = 1 << 20  # smaller indices are read into memory
+DIGEST_BYTES = 1 << 16  # bytes at each end of a .bin that its digest covers
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -60,7 +60,7 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 def raise_open_file_limit(count: int) -> None:
-    """Raise this process's limit of open files, as far as the system lets it: each dataset keeps one open."""
+    """Raise this process's soft limit of open files to `count`, or to the hard limit: each dataset keeps one file open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < count:
         resource.setrlimit(resource.RLIMIT_NOFILE, (count if hard == resource.RLIM_INFINITY else min(count, hard), hard))
@@ -73,8 +73,8 @@ def check_prefix(prefix: str) -> str:
     missing = [prefix + end for end in (".idx", ".bin") if not os.path.lexists(prefix + end)]
     if missing:
         folder = os.path.dirname(prefix) or "."
-        near = sorted(p.name[:-4] for p in Path(folder).glob("*.idx"))[:5] if os.path.isdir(folder) else []
-        hint = f" (datasets in {folder}: {', '.join(near)})" if near else ""
+        nearby = sorted(p.name[:-4] for p in Path(folder).glob("*.idx"))[:5] if os.path.isdir(folder) else []
+        hint = f" (datasets in {folder}: {', '.join(nearby)})" if nearby else ""
         raise DataError(f"no dataset {prefix}: {' and '.join(missing)} not found{hint}; make it with tools/preprocess_data.py")
     return prefix
 
@@ -91,13 +91,13 @@ def ends_digest(path: str) -> str:
 
 
 def file_stamp(path: str) -> tuple[int, int, int]:
-    """Return inode, size and modification time, one of which changes when a file is replaced or written to."""
-    about = os.stat(path)
-    return about.st_ino, about.st_size, about.st_mtime_ns
+    """Return inode, size and modification time of a file; one of them changes when it is replaced or written to."""
+    status = os.stat(path)
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def read_sidecar(prefix: str) -> dict[str, Any]:
-    """Return the entries of the sidecar `PREFIX.meta.json`; empty without one. DataError if it is not a JSON object."""
+    """Return the entries of the sidecar `PREFIX.meta.json`, empty if there is none; DataError if it is not a JSON object."""
     path = prefix + ".meta.json"
     if not os.path.lexists(path):
         return {}
@@ -116,7 +116,8 @@ class IndexedDataset:
     Attributes:
         lengths: int32 `[n]`, number of tokens of each sequence.
         offsets: int64 `[n]`, byte offset of each sequence in the .bin.
-        documents: int64 `[m]`, the sequence at which each document starts.
+        documents: int64 `[m]`, the sequence at which each document starts, and the number of sequences.
+        tokens: int `[tokens]`, the tokens of all sequences.
 
     Raises:
         DataError: the files are missing, truncated, of another format or inconsistent.
@@ -136,7 +137,7 @@ class IndexedDataset:
             ) from error
 
     def _open(self) -> None:
-        """Check every number of the index against the files, and map index and tokens into memory."""
+        """Map the index and the tokens into memory, and check every number of the index."""
         size = check_regular(self.idx_path)
         self.dtype, n, m = self._read_header(size)
         # A memory map keeps its file open, so small indices are read instead: a blend may have thousands of them.
@@ -146,7 +147,7 @@ class IndexedDataset:
             else np.fromfile(self.idx_path, dtype=np.uint8)
         )
         if len(index) != size:
-            raise self._bad("it is being written to")
+            raise self._invalid_index("it is being written to")
         bounds = np.cumsum([HEADER.size, 4 * n, 8 * n, 8 * m])
         self.lengths: NDArray[np.int32] = index[bounds[0] : bounds[1]].view("<i4")
         self.offsets: NDArray[np.int64] = index[bounds[1] : bounds[2]].view("<i8")
@@ -158,59 +159,63 @@ class IndexedDataset:
         )
 
     def _read_header(self, size: int) -> tuple[np.dtype[Any], int, int]:
-        """Return token type, number of sequences, and number of document bounds, as an index of `size` bytes has them."""
+        """Return the tokens' dtype, the number of sequences and that of document bounds, from an index of `size` bytes."""
         with open_regular(self.idx_path) as file:
             head = file.read(HEADER.size)
         if head.startswith(LEGACY_MAGIC):
-            raise self._bad("it has the old lazy/cached format; preprocess the text again")
+            raise self._invalid_index("it has the old lazy/cached format; preprocess the text again")
         if pointer := next(filter(is_lfs_pointer, (self.idx_path, self.bin_path)), None):
             raise DataError(f"{pointer}: it is {LFS_POINTER}")
         if not head.startswith(MAGIC):
-            raise self._bad("not an index of an indexed dataset (wrong first bytes)")
+            raise self._invalid_index("not an index of an indexed dataset (wrong first bytes)")
         if len(head) < HEADER.size:
-            raise self._bad(f"truncated: {size} bytes, the header alone has {HEADER.size}")
+            raise self._invalid_index(f"truncated: {size} bytes, the header alone has {HEADER.size}")
         _, version, code, n, m = HEADER.unpack(head)
         if version != 1:
-            raise self._bad(f"version {version}, only version 1 is known")
+            raise self._invalid_index(f"version {version}, only version 1 is known")
         if code not in DTYPE_CODES:
-            raise self._bad(f"token format code {code} is none of {', '.join(map(str, DTYPE_CODES))} (whole numbers)")
-        want = HEADER.size + 12 * n + 8 * m
-        if size not in (want, want + n):  # + n: the modes that multimodal datasets append
-            what = "truncated" if size < want else "too long"
-            raise self._bad(f"{what}: {size} bytes, its header ({n} sequences, {m - 1} documents) needs {want}")
+            raise self._invalid_index(f"token format code {code} is none of {', '.join(map(str, DTYPE_CODES))} (whole numbers)")
+        expected = HEADER.size + 12 * n + 8 * m
+        if size not in (expected, expected + n):  # + n: one byte per sequence, the mode, which multimodal datasets append
+            problem = "truncated" if size < expected else "too long"
+            raise self._invalid_index(
+                f"{problem}: {size} bytes, its header ({n} sequences, {m - 1} documents) needs {expected}"
+            )
         return DTYPE_CODES[code], n, m
 
     def _checked_bytes(self) -> int:
-        """Return the size of the .bin; DataError unless the sequences fill it exactly, so that no read can be out of bounds."""
-        have, n = os.path.getsize(self.bin_path), len(self.lengths)
+        """Return the bytes of the .bin; DataError unless the sequences fill it exactly, so that reads stay in bounds."""
+        size, n = os.path.getsize(self.bin_path), len(self.lengths)
         if n and int(self.lengths.min()) < 0:
-            raise self._bad(f"sequence {int(self.lengths.argmin())} has a negative length")
+            raise self._invalid_index(f"sequence {int(self.lengths.argmin())} has a negative length")
         end = 0
-        for start in range(0, n, COPY_CHUNK):  # in chunks, which bound the memory of the comparison
+        for start in range(0, n, COPY_CHUNK):  # in chunks, to bound the memory of the comparison
             offsets = self.offsets[start : start + COPY_CHUNK]
             ends = offsets + self.lengths[start : start + COPY_CHUNK].astype(np.int64) * self.dtype.itemsize
-            wrong = offsets != np.concatenate(([end], ends[:-1]))
-            if wrong.any():
-                raise self._bad(f"sequence {start + int(wrong.argmax())} does not begin where the one before it ends")
+            misplaced = offsets != np.concatenate(([end], ends[:-1]))
+            if misplaced.any():
+                raise self._invalid_index(
+                    f"sequence {start + int(misplaced.argmax())} does not begin where the one before it ends"
+                )
             end = int(ends[-1])
-        if end != have:
-            what = "truncated" if have < end else "not the file of its index"
-            raise DataError(f"{self.bin_path}: {what}: {have} bytes, {self.idx_path} needs {end}; make the dataset again")
+        if end != size:
+            problem = "truncated" if size < end else "not the file of its index"
+            raise DataError(f"{self.bin_path}: {problem}: {size} bytes, {self.idx_path} needs {end}; make the dataset again")
         return end
 
     def _check_documents(self) -> None:
         """Raise a DataError unless the documents follow one another from the first sequence to the last."""
         n = len(self.lengths)
         if not len(self.documents) or int(self.documents[0]) != 0 or int(self.documents[-1]) != n:
-            raise self._bad(f"its documents do not run from sequence 0 to {n}")
+            raise self._invalid_index(f"its documents do not run from sequence 0 to {n}")
         if bool((np.diff(self.documents) < 0).any()):
-            raise self._bad("its documents are not in order")
+            raise self._invalid_index("its documents are not in order")
 
     def _check_sidecar(self) -> None:
-        """Raise a DataError if the sidecar belongs to other files than these: one of the three was replaced."""
+        """Raise a DataError if the sidecar does not match the .idx or the .bin: one of the three files was replaced."""
         meta = self.meta()
-        here = dict(dtype=self.dtype.name, documents=self.document_count, sequences=len(self), tokens=self.token_count)
-        for name, value in here.items():
+        actual = dict(dtype=self.dtype.name, documents=self.document_count, sequences=len(self), tokens=self.token_count)
+        for name, value in actual.items():
             if meta.get(name, value) != value:
                 raise DataError(
                     f"{self.prefix}.meta.json: it is of a dataset with {name} {meta[name]!r}, {self.idx_path} has {value}; "
@@ -223,16 +228,16 @@ class IndexedDataset:
             )
 
     def check_unchanged(self) -> None:
-        """Raise a DataError if the .bin was replaced or written to since it was opened: its bytes are no longer checked."""
+        """Raise a DataError if the .bin was replaced or written to after it was opened and checked."""
         try:
             same = file_stamp(self.bin_path) == self.stamp
         except OSError as error:
-            raise DataError(f"{self.bin_path}: it is gone while it is being read: {error.strerror}") from error
+            raise DataError(f"{self.bin_path}: it disappeared while it was being read: {error.strerror}") from error
         if not same:
-            raise DataError(f"{self.bin_path}: it was changed or replaced while it is being read; start again to read it anew")
+            raise DataError(f"{self.bin_path}: it was changed or replaced while it was being read; start again to read it anew")
 
-    def _bad(self, what: str) -> DataError:
-        return DataError(f"{self.idx_path}: {what}")
+    def _invalid_index(self, problem: str) -> DataError:
+        return DataError(f"{self.idx_path}: {problem}")
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -246,7 +251,7 @@ class IndexedDataset:
         Args:
             number: number of the sequence.
             start: first token.
-            stop: token after the last one; None, or beyond the end: the end.
+            stop: token after the last one; None or a larger number than the length stands for the end.
         """
         first = int(self.offsets[number]) // self.dtype.itemsize
         length = int(self.lengths[number])
@@ -263,12 +268,12 @@ class IndexedDataset:
         return len(self.tokens)
 
     def meta(self) -> dict[str, Any]:
-        """Return the entries of the sidecar; empty without one."""
+        """Return the entries of the sidecar, empty if there is none."""
         return read_sidecar(self.prefix)
 
 
 class IndexedWriter:
-    """Writes a dataset under temporary names; `finish` renames the files, and without it they are removed.
+    """Writes a dataset under temporary names. `finish` renames the files; without it they are removed on exit.
 
     with IndexedWriter(prefix, token_dtype(tokenizer.vocab_size)) as writer:
         writer.add_document(tokens, [len(tokens)])
@@ -282,14 +287,14 @@ class IndexedWriter:
         self._limits = np.iinfo(self.dtype)
         try:
             os.makedirs(os.path.dirname(prefix) or ".", exist_ok=True)
-            for end in DATASET_SUFFIXES:  # what a killed run left
+            for end in DATASET_SUFFIXES:  # files of a killed run
                 remove_leftovers(Path(prefix + end))
             self._bin = PendingFile(prefix + ".bin")
         except OSError as error:
             raise DataError(f"cannot write {prefix}.bin: {error}") from error
 
     def add_document(self, tokens: NDArray[Any], lengths: list[int] | NDArray[Any]) -> None:
-        """Append one document. tokens: int `[n]`. lengths: tokens of each of its sequences; `[]` for no sequence."""
+        """Append one document. tokens: int `[n]`. lengths: tokens of each of its sequences; `[]` if it has none."""
         self.add_documents(tokens, lengths, [len(lengths)])
 
     def add_documents(
@@ -300,10 +305,10 @@ class IndexedWriter:
         Args:
             tokens: int `[n]`, of all documents.
             lengths: int `[sequences]`, tokens of each sequence.
-            sequences: int `[documents]`, sequences of each document.
+            sequences: int `[documents]`, number of sequences of each document.
 
         Raises:
-            DataError: for an id that the number format does not hold, or a sequence that is too long for the format.
+            DataError: if an id does not fit the number format, or a sequence is too long for the file format.
         """
         if len(tokens) and not (self._limits.min <= int(tokens.min()) and int(tokens.max()) <= self._limits.max):
             raise DataError(
@@ -318,7 +323,7 @@ class IndexedWriter:
                 f"{self.prefix}: a document has {int(sizes.max())} tokens; the format allows {np.iinfo(np.int32).max}"
             )
         self._bin.file.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
-        # Each document is noted by the sequence after its last one, which is where the next one starts.
+        # The entry of a document is the sequence after its last one, at which the next document starts.
         self.documents.frombytes((len(self.lengths) + np.cumsum(counts)).astype(np.int64).tobytes())
         self.lengths.frombytes(sizes.astype(np.int32).tobytes())
         self.token_count += len(tokens)
@@ -336,7 +341,10 @@ class IndexedWriter:
         self.token_count += dataset.token_count
 
     def finish(self, meta: Mapping[str, Any] | None = None) -> None:
-        """Write index and sidecar, then put all in place; DataError if the disk refuses."""
+        """Write index and sidecar, then rename all files into place; DataError if writing fails.
+
+        meta: entries of the sidecar; None writes no sidecar.
+        """
         with contextlib.ExitStack() as stack:
             try:
                 self._bin.close()
@@ -355,7 +363,7 @@ class IndexedWriter:
                 self._write_index(pending[".idx"].file)
                 for file in pending.values():
                     file.close()
-                # The old index goes first: whenever this stops, no index is left that does not belong to the .bin beside it.
+                # Delete the old index first: if the process dies here, no index is left beside a .bin of another dataset.
                 for end in (".idx", ".meta.json"):
                     Path(self.prefix + end).unlink(missing_ok=True)
                 for file in pending.values():
@@ -365,7 +373,7 @@ class IndexedWriter:
                 raise DataError(f"cannot write dataset {self.prefix}: {error}") from error
 
     def _write_index(self, file: Any) -> None:
-        """Write the .idx, in the order of the format that stands at the top."""
+        """Write the .idx, in the format that the module's docstring describes."""
         code = next(code for code, dtype in DTYPE_CODES.items() if dtype == self.dtype)
         lengths = np.frombuffer(self.lengths, dtype=np.int32)
         file.write(HEADER.pack(MAGIC, 1, code, len(lengths), len(self.documents)))

@@ -1,9 +1,9 @@
 """Load the micro-batches of one data-parallel rank, in order.
 
-The whole state is one integer, the number of samples that all ranks together have consumed. Sample number n of the training
-order is therefore the same for every layout. With d data-parallel ranks and micro-batches of b samples, micro-batch j of
-rank r holds the samples from `consumed + (j * d + r) * b` on. Blocks of d * b samples do not depend on the global batch
-size, so it may change from step to step while batches are read ahead.
+The whole state is one integer, the number of samples that all ranks together have consumed. Sample n of the training order
+is therefore the same for every layout. With d data-parallel ranks and micro-batches of b samples, micro-batch j of
+rank r consists of the b samples from `consumed + (j * d + r) * b` on. Blocks of d * b samples do not depend on the global batch
+size, so that it may change between steps although batches are read ahead.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class MicroBatchLoader:
 
     Args:
         dataset: the samples.
-        collate: called with the dataset, the numbers of the samples in it, and their numbers in the training order
-            (`GPTCollator`).
-        dp_rank: this rank's place along the data-parallel axis.
-        dp_size: size of that axis.
+        collate: makes a micro-batch from the dataset, the indices of samples in it, and their positions in the training
+            order, as `GPTCollator` does.
+        dp_rank: this rank's index on the data-parallel axis.
+        dp_size: size of the data-parallel axis.
         micro_batch_size: samples of a micro-batch.
-        consumed: samples that all ranks have had already.
-        read_ahead: micro-batches that a thread prepares before they are asked for; 0 prepares them on request.
-        cyclic: reshuffle the dataset for each epoch and never run out; otherwise samples come in its order, once.
+        consumed: number of samples that all ranks together have consumed.
+        read_ahead: number of micro-batches that a thread prepares in advance; 0 prepares them on request.
+        cyclic: repeat the dataset, reshuffled for each epoch; otherwise read it once, in its own order.
         seed: seed of the reshuffling.
         pin_memory: put batches into pinned memory.
         name: name of the split, for messages.
@@ -60,25 +60,27 @@ class MicroBatchLoader:
         if not 0 <= dp_rank < dp_size or micro_batch_size < 1 or consumed < 0:
             raise ValueError(f"rank {dp_rank} of {dp_size}, micro-batches of {micro_batch_size}, {consumed} consumed")
         self.dataset, self.consumed, self.name, self.cyclic = dataset, consumed, name, cyclic
-        self.block = dp_size * micro_batch_size  # samples of one micro-batch of each rank
+        self.block = dp_size * micro_batch_size  # number of samples in one micro-batch of every rank
         first = consumed + dp_rank * micro_batch_size
         self._source = iter_micro_batches(
             dataset, collate, first, micro_batch_size, self.block, seed=seed if cyclic else None, pin=pin_memory
         )
         self._ahead = ReadAhead(self._source, read_ahead) if read_ahead > 0 else None
         self._failure: Exception | None = None
-        if self._ahead is not None:  # stops the thread of a loader that is garbage-collected without `close`
+        if self._ahead is not None:  # stop the thread of a loader that is garbage-collected without `close`
             weakref.finalize(self, self._ahead.stop)
 
     def next_batches(self, global_batch_size: int) -> list[Batch]:
-        """Return this rank's micro-batches of one step that takes `global_batch_size` samples over all ranks.
+        """Return this rank's micro-batches of one step. global_batch_size: samples of the step on all ranks.
 
         Raises:
-            ValueError: if that is no multiple of micro-batch x data-parallel size.
-            DataError: when the dataset has not so many samples left or holds a wrong token; `consumed` stays as it was.
+            ValueError: if it is not a multiple of micro-batch size x data-parallel size.
+            DataError: if too few samples are left, or a token id is invalid; `consumed` is not changed.
         """
         if global_batch_size < 1 or global_batch_size % self.block:
-            raise ValueError(f"global batch {global_batch_size}: no multiple of micro-batch x data-parallel size, {self.block}")
+            raise ValueError(
+                f"global batch {global_batch_size}: not a multiple of micro-batch x data-parallel size, {self.block}"
+            )
         if self._failure is not None:
             raise self._failure
         if not self.cyclic and self.consumed + global_batch_size > len(self.dataset):
@@ -90,13 +92,13 @@ class MicroBatchLoader:
         try:
             batches = [next(self._source) if self._ahead is None else self._ahead.get() for _ in range(count)]
         except Exception as error:
-            self._failure = error  # the source has ended with it, and the next call must not find it empty
+            self._failure = error  # a generator ends when it raises, so the next call must raise the error again
             raise
         self.consumed += global_batch_size
         return batches
 
     def close(self) -> None:
-        """Stop reading ahead. Not needed, but it frees the thread at once."""
+        """Stop the reading thread at once; otherwise it stops when the loader is garbage-collected."""
         if self._ahead is not None:
             self._ahead.stop()
 
@@ -109,14 +111,14 @@ def iter_micro_batches(
     Args:
         dataset: the samples.
         collate: makes a micro-batch of samples.
-        first: number of the first sample in the training order.
+        first: position of the first sample in the training order.
         size: samples of a micro-batch.
-        stride: samples from one micro-batch of this rank to the next: those of all ranks.
-        seed: seed of the reshuffling of each epoch; None for the dataset's own order, once.
+        stride: distance between this rank's consecutive micro-batches in the training order, in samples.
+        seed: seed of the reshuffling of each epoch; None reads the dataset once, in its own order.
         pin: put batches into pinned memory.
 
     Raises:
-        DataError: when the dataset has no samples, or none left.
+        DataError: if the dataset has no samples, or no more for another micro-batch.
     """
     epoch, order = -1, np.empty(0, dtype=np.int64)
     total = len(dataset)
@@ -126,7 +128,7 @@ def iter_micro_batches(
         sample_ids = range(first, first + size)
         indices: list[int] = []
         for sample_id in sample_ids:
-            # A micro-batch may reach from one epoch into the next.
+            # A micro-batch may span two epochs.
             if seed is not None and sample_id // total != epoch:
                 epoch = sample_id // total
                 order = epoch_order(seed, epoch, total)
@@ -149,7 +151,7 @@ def epoch_order(seed: int, epoch: int, total: int) -> NDArray[np.int64]:
 
 
 class ReadAhead:
-    """Reads an iterator ahead in a thread, by up to `depth` items; `get` raises its exceptions."""
+    """Reads up to `depth` items of an iterator ahead, in a thread; `get` raises its exceptions."""
 
     def __init__(self, source: Iterator[Batch], depth: int) -> None:
         self._items: queue.Queue[Batch | Exception] = queue.Queue(maxsize=depth)
@@ -160,7 +162,7 @@ class ReadAhead:
         self._thread.start()
 
     def get(self) -> Batch:
-        """Return the next item; raises the exception that the iterator raised in its place."""
+        """Return the next item, or raise the exception that the iterator raised."""
         if self._stopped.is_set():
             raise ValueError("the loader is closed")
         item = self._items.get()
@@ -169,10 +171,10 @@ class ReadAhead:
         return item
 
     def stop(self) -> None:
-        """End the thread, and wait for it, since a thread inside torch must not outlive the interpreter."""
+        """End the thread, and wait up to 5 s for it, since a thread inside torch must not outlive the interpreter."""
         self._stopped.set()
         with suppress(queue.Empty):
-            self._items.get_nowait()  # wakes a thread that waits because the queue is full
+            self._items.get_nowait()  # unblocks a thread that waits because the queue is full
         if self._thread is not threading.current_thread():
             self._thread.join(timeout=5.0)
 
@@ -182,14 +184,14 @@ def fill_queue(source: Iterator[Batch], items: queue.Queue[Batch | Exception], s
 
     Args:
         source: iterator of micro-batches.
-        items: receives them, and the exception that ends the source.
+        items: the queue for the micro-batches, and for the exception that ends the source.
         stopped: set when no more items are needed.
     """
 
     def put(item: Batch | Exception) -> None:
         while not stopped.is_set():
             try:
-                items.put(item, timeout=0.2)  # a full queue must not hide that the loader was closed
+                items.put(item, timeout=0.2)  # with a timeout, to notice that the loader was closed
                 return
             except queue.Full:
                 continue

@@ -12,7 +12,7 @@ from megatron.files.outputs import InputPaths, check_file
 
 
 def find_prefixes(inputs: Sequence[str]) -> list[str]:
-    """Return the prefixes that these prefixes and directories stand for, those of a directory in sorted order."""
+    """Return the prefixes of all datasets that are given by prefix or directory; those of a directory are sorted."""
     prefixes: list[str] = []
     for name in inputs:
         if os.path.isdir(name):
@@ -26,29 +26,29 @@ def find_prefixes(inputs: Sequence[str]) -> list[str]:
 
 
 def merge_datasets(prefixes: Sequence[str], output_prefix: str) -> IndexedDataset:
-    """Write the documents of all datasets, in this order, to a new one.
+    """Write the documents of all datasets, in this order, to a new one, and return it.
 
-    Raises DataError if they do not belong together (number format, or tokenizers that their sidecars name), and OutputError if
-    the output is one of them.
+    Raises DataError if the datasets differ in number format or in the tokenizer that their sidecars name, and OutputError if
+    the output would replace one of them.
     """
-    read = InputPaths(prefix + end for prefix in prefixes for end in DATASET_SUFFIXES)
+    inputs = InputPaths(prefix + end for prefix in prefixes for end in DATASET_SUFFIXES)
     for end in DATASET_SUFFIXES:
-        check_file("--output-prefix", output_prefix + end, read)
+        check_file("--output-prefix", output_prefix + end, inputs)
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
     metas = [dataset.meta() for dataset in datasets]
-    # One dataset for each tokenizer that a sidecar names; those without one are taken for any.
-    known = {meta["tokenizer_digest"]: number for number, meta in enumerate(metas) if meta.get("tokenizer_digest")}
-    if len(known) > 1:
+    # One dataset for each tokenizer that a sidecar names; a dataset without a sidecar matches any tokenizer.
+    by_digest = {meta["tokenizer_digest"]: number for number, meta in enumerate(metas) if meta.get("tokenizer_digest")}
+    if len(by_digest) > 1:
         kinds = "; ".join(
             f"{prefixes[n]} with {metas[n].get('tokenizer_type')} ({digest}, end of document {metas[n].get('eod')})"
-            for digest, n in known.items()
+            for digest, n in by_digest.items()
         )
-        if len({metas[n].get("vocabulary_digest", n) for n in known.values()}) == 1:
+        if len({metas[n].get("vocabulary_digest", n) for n in by_digest.values()}) == 1:
             kinds += "; they differ in special tokens alone"
         raise DataError(f"these datasets were made by different tokenizers: {kinds}")
     with IndexedWriter(output_prefix, datasets[0].dtype) as writer:
         for dataset in datasets:
             writer.add_dataset(dataset)
-        # The sidecar of the result claims a tokenizer only if that of every part does.
+        # The result gets a sidecar only if every dataset has one that names the tokenizer.
         writer.finish(metas[0] if all(meta.get("tokenizer_digest") for meta in metas) else None)
     return IndexedDataset(output_prefix)

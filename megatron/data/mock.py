@@ -1,8 +1,8 @@
-"""Generate synthetic data for --mock-data: text of any amount that a model can learn, from the seed alone.
+"""Generate synthetic data for --mock-data: any amount of text that a model can learn, determined by the seed.
 
-Some ids of the vocabulary, the words, are arranged in a circle in random order. Each word is followed by one a few places
-further along the circle, more often by a near one than by a far one. A GPT that has learnt this completely has a loss of 1.3.
-Sample i of a split follows from the seed, the split and i; all splits share the circle.
+Some ids of the vocabulary, called words, are arranged in a circle in random order. Each word is followed by one that is a few
+steps away on the circle, with the probabilities below. A GPT that has learnt them completely has a loss of 1.3. Sample i of a
+split is determined by the seed, the split and i; all splits share the circle.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from megatron.data.gpt import SPLITS, Sample, SampleSource
 from megatron.data.tokenizer_base import Tokenizer
 
 MADE_UP = "the data are made up, as --mock-data asks: the losses say nothing of a corpus"
-MAX_WORDS = 128  # words in the circle: few enough that a short run sees each of them often
+MAX_WORDS = 128  # words on the circle; few enough for each of them to occur often in a short run
 STEPS = np.array([1, -1, 2, -2, 3])  # steps along the circle from a word to the next one
 SHARES = np.array([0.5, 0.25, 0.125, 0.0625, 0.0625])  # probabilities of these steps
-MEAN_DOCUMENT = 200  # tokens
-MIN_SENTENCE, MAX_SENTENCE = 4, 24  # tokens
+MEAN_DOCUMENT = 200  # mean length of a document in tokens
+MIN_SENTENCE, MAX_SENTENCE = 4, 24  # length of a sentence in tokens
 SEEDS = 2**32  # number of seeds that numpy's generators accept
 
 MakeMock = Callable[[int, str], SampleSource]  # given the number of samples and the split, returns synthetic samples
@@ -33,7 +33,7 @@ class MockText:
     """A circle of words, and the probabilities with which one follows another.
 
     Args:
-        vocab_size: ids of the tokenizer; the words are spread over all of them, and so over all tensor-parallel ranks.
+        vocab_size: number of ids; the words are spread over all of them, and so over all tensor-parallel ranks.
         special: ids that must not be words.
         seed: seed of the run.
     """
@@ -42,24 +42,24 @@ class MockText:
         ids = np.setdiff1d(np.arange(vocab_size), np.array(sorted(special), dtype=np.int64))
         if not len(ids):
             raise DataError(f"--mock-data finds no words: all {vocab_size} ids of the tokenizer are special tokens")
-        spread = np.linspace(0, len(ids) - 1, min(MAX_WORDS, len(ids))).astype(np.int64)
+        chosen = np.linspace(0, len(ids) - 1, min(MAX_WORDS, len(ids))).astype(np.int64)
         self.seed = seed % SEEDS
-        self.words: NDArray[np.int64] = np.random.RandomState(self.seed).permutation(ids[spread])
+        self.words: NDArray[np.int64] = np.random.RandomState(self.seed).permutation(ids[chosen])
 
     def random(self, split: str, number: int) -> np.random.RandomState:
-        """Return the generator of one sample. Its numbers are the same in every version of numpy."""
+        """Return the random generator of one sample; RandomState gives the same numbers in every version of numpy."""
         return np.random.RandomState([self.seed, SPLITS.index(split), number % SEEDS])
 
-    def write(self, random: np.random.RandomState, fresh: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """Return words, int64 `[n]`. fresh: bool `[n]`, true at the first word of a text, which does not depend on the last."""
-        steps = random.choice(STEPS, size=len(fresh), p=SHARES)  # [n]
-        steps[fresh] = random.randint(0, len(self.words), size=np.count_nonzero(fresh))  # to any word of the circle
+    def generate(self, random: np.random.RandomState, starts: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """Return words, int64 `[n]`. starts: bool `[n]`, true at each first word of a text, which is drawn at random."""
+        steps = random.choice(STEPS, size=len(starts), p=SHARES)  # [n]
+        steps[starts] = random.randint(0, len(self.words), size=np.count_nonzero(starts))  # a jump to any word
         words: NDArray[np.int64] = self.words[np.cumsum(steps) % len(self.words)]
         return words
 
 
 class MockGPT:
-    """Synthetic GPT samples: documents one after the other, each followed by the end-of-document token, if there is one."""
+    """Synthetic GPT samples: consecutive documents, each followed by the end-of-document token, if there is one."""
 
     def __init__(self, text: MockText, eod: int | None, seq_length: int, count: int, split: str) -> None:
         self.text, self.eod, self.seq_length, self.count, self.split = text, eod, seq_length, count, split
@@ -73,18 +73,18 @@ class MockGPT:
         random = self.text.random(self.split, number)
         ends = random.random_sample(self.seq_length + 1) < 1.0 / MEAN_DOCUMENT
         # A new document begins after each end, and at the sample's own beginning.
-        tokens = self.text.write(random, np.concatenate([[True], ends[:-1]]))
+        tokens = self.text.generate(random, np.concatenate([[True], ends[:-1]]))
         if self.eod is not None:
             tokens[ends] = self.eod
         return Sample(tokens)
 
     def locate(self, number: int, position: int) -> str:
-        """Return where token `position` of a sample lies, for a message."""
+        """Return the name of a sample and `position`, for a message."""
         return f"made-up {self.split} sample {number}, token {position}"
 
 
 class MockBert:
-    """Synthetic BERT samples: sequences of sentences, made into masked pairs like those of a corpus."""
+    """Synthetic BERT samples: sentences, from which masked pairs are made as from those of a corpus."""
 
     def __init__(self, text: MockText, rules: PairRules, count: int, split: str) -> None:
         self.text, self.rules, self.count, self.split = text, rules, count, split
@@ -97,13 +97,13 @@ class MockBert:
             raise IndexError(f"sample {number} of {self.count}")
         random, max_tokens = self.text.random(self.split, number), self.rules.max_length - SPECIAL_TOKENS
         is_short = random.random_sample() < self.rules.short_seq_prob
-        target = int(random.randint(2, max_tokens + 1)) if is_short else max_tokens
-        borders = [0]  # of sentences
-        while borders[-1] < target or len(borders) < 3:  # at least two sentences, for two segments
+        target_length = int(random.randint(2, max_tokens + 1)) if is_short else max_tokens
+        borders = [0]  # starts and end of the sentences, in tokens
+        while borders[-1] < target_length or len(borders) < 3:  # at least two sentences, for two segments
             borders.append(borders[-1] + int(random.randint(MIN_SENTENCE, MAX_SENTENCE + 1)))
-        words: list[int] = self.text.write(random, np.arange(borders[-1]) == 0).tolist()
+        words: list[int] = self.text.generate(random, np.arange(borders[-1]) == 0).tolist()
         sentences = [words[begin:end] for begin, end in itertools.pairwise(borders)]
-        return pair_sample(sentences, target, self.rules, random)
+        return pair_sample(sentences, target_length, self.rules, random)
 
     def locate(self, number: int, position: int) -> str:
         """Return the name of a sample, for a message; the position is not known in a swapped and truncated pair."""
@@ -111,10 +111,10 @@ class MockBert:
 
 
 def mock_gpt(tokenizer: Tokenizer, seq_length: int, seed: int) -> MakeMock:
-    """Return the function that generates GPT's samples.
+    """Return the function that generates GPT samples.
 
     Args:
-        tokenizer: its ids are the words.
+        tokenizer: its ids, without special ones, become the words.
         seq_length: input tokens of a sample.
         seed: seed of the run.
     """
@@ -123,15 +123,15 @@ def mock_gpt(tokenizer: Tokenizer, seq_length: int, seed: int) -> MakeMock:
 
 
 def mock_bert(tokenizer: Tokenizer, rules: PairRules) -> MakeMock:
-    """Return the function that generates BERT's samples, by these rules."""
+    """Return the function that generates BERT samples with these settings."""
     text = MockText(tokenizer.vocab_size, bert_roles(tokenizer).values(), rules.seed)
     return lambda count, split: MockBert(text, rules, count, split)
 
 
 def bert_roles(tokenizer: Tokenizer) -> Mapping[str, int]:
-    """Return ids for BERT's special tokens: the tokenizer's, and for tokens that it lacks the last ids of its vocabulary.
+    """Return ids for BERT's special tokens: the tokenizer's own, and the vocabulary's last free ids for those that it lacks.
 
-    Synthetic text uses these ids for nothing else, so NullTokenizer, which needs no file, is sufficient. DataError if the
+    Synthetic text does not use these ids otherwise, so even NullTokenizer, which needs no file, can be used. DataError if the
     vocabulary is too small.
     """
     roles = dict(tokenizer.special)

@@ -1,6 +1,7 @@
-"""Decompress text files while they are read. The kind of compression follows from a file's first bytes, not from its name.
+"""Decompress text files while they are read. The kind of compression is detected from a file's first bytes, not its name.
 
-gzip, zstandard, bzip2 and xz are decompressed in bounded memory; files that are not text are refused by `recognize_bytes`.
+gzip, zstandard, bzip2 and xz are decompressed in bounded memory. Files that `recognize_bytes` recognizes as something other
+than text are rejected.
 """
 
 from __future__ import annotations
@@ -18,23 +19,24 @@ from megatron.data.errors import DataError
 from megatron.files.foreign import COMPRESSION_SIGNATURES, HEAD_BYTES, detect_compression, recognize_bytes
 from megatron.launch.packages import install_command
 
-BLOCK_BYTES = 1 << 20
-PACKED_BYTES = 1 << 10  # compressed bytes that are processed at once; 4 bytes of zstandard can hold 128 KB
+BLOCK_BYTES = 1 << 20  # size of a block of lines, and of the buffers of decompressed data
+PACKED_BYTES = 1 << 10  # compressed bytes that are processed at once; 4 bytes of zstandard can expand to 128 KB
 MAX_XZ_BYTES = 1 << 28  # memory limit of the xz decompressor; `xz -9` needs 65 MB
-MAX_PACKINGS = 3  # levels of nested compression
-DAMAGE_ERRORS = (OSError, EOFError, zlib.error)  # raised when the bytes of a damaged file are read
+MAX_PACKINGS = 3  # one more than the levels of nested compression that are allowed
+DAMAGE_ERRORS = (OSError, EOFError, zlib.error)  # raised by reading a damaged file
 
-# The kind of compression by the suffix of a file's name.
+# Kind of compression by file name suffix.
 PACKED_SUFFIXES: Mapping[str, str] = MappingProxyType(
     {".gz": "gzip", ".zst": "zstandard", ".bz2": "bzip2", ".xz": "xz", ".lzma": "lzma"}
 )
 
 
 class UnpackedFile(io.RawIOBase):
-    """The decompressed bytes of a file with one or several compressed streams. EOFError if the last one is cut off.
+    """The decompressed bytes of a file that consists of one or several compressed streams.
 
-    It uses the decompressors of bz2, lzma and zstandard, since the file objects of these packages do not report a truncated
-    stream, or do not bound the memory. OSError for invalid bytes.
+    Reading raises EOFError if the last stream is truncated, and OSError for invalid bytes. The decompressors of bz2, lzma and
+    zstandard are used directly, since the file objects of these packages do not detect a truncated stream or do not bound the
+    memory.
     """
 
     def __init__(self, file: IO[bytes], new_stream: Callable[[], Any], errors: tuple[type[Exception], ...]) -> None:
@@ -43,19 +45,19 @@ class UnpackedFile(io.RawIOBase):
         self._packed, self._ready = b"", b""
 
     def readable(self) -> bool:
-        """Return True; required by Python's `io`."""
+        """Return True, as Python's `io` requires."""
         return True
 
     def readinto(self, buffer: Any) -> int:
         """Fill `buffer` with decompressed bytes; return their number, 0 at the end."""
         while not self._ready:
-            # A decompressor with bounded output may hold more of it; only then it needs no further input.
-            holds_more = self._stream is not None and not getattr(self._stream, "needs_input", True)
-            if not holds_more and not self._packed:
+            # A decompressor with bounded output may have more output ready, and then needs no input.
+            has_output = self._stream is not None and not getattr(self._stream, "needs_input", True)
+            if not has_output and not self._packed:
                 self._packed = self._file.read(PACKED_BYTES)
                 if not self._packed:
                     if self._stream is not None:
-                        raise EOFError("the file ends within packed data: it was cut off")
+                        raise EOFError("the file ends within compressed data: it was cut off")
                     return 0
             self._unpack()
         count = min(len(buffer), len(self._ready))
@@ -63,9 +65,9 @@ class UnpackedFile(io.RawIOBase):
         return count
 
     def _unpack(self) -> None:
-        """Unpack what was read, as far as one stream goes; bytes behind its end begin the next one."""
+        """Decompress what was read, up to the end of the stream; bytes after it begin the next stream."""
         if self._stream is None:
-            self._packed = self._packed.lstrip(b"\x00")  # xz allows for zeros between streams
+            self._packed = self._packed.lstrip(b"\x00")  # xz allows zero bytes between streams
             if not self._packed:
                 return
             self._stream = self._new_stream()
@@ -79,13 +81,13 @@ class UnpackedFile(io.RawIOBase):
             self._packed, self._stream = self._stream.unused_data, None
 
     def close(self) -> None:
-        """Close the packed file too."""
+        """Close the compressed file, too."""
         self._file.close()
         super().close()
 
 
-class _Rejoined(io.RawIOBase):
-    """Bytes that were read from a file, and then the rest of it: a pipe cannot be wound back."""
+class _PrependedFile(io.RawIOBase):
+    """The bytes that were already read from a file, followed by the rest of the file; a pipe cannot be rewound."""
 
     def __init__(self, head: bytes, rest: Any) -> None:
         self._head, self._rest = head, rest
@@ -105,14 +107,14 @@ class _Rejoined(io.RawIOBase):
 
 
 def open_unpacked(name: str, file: IO[bytes]) -> IO[bytes]:
-    """Return a file with the decompressed bytes of an open file; closing it closes both.
+    """Return a file with the decompressed bytes of an open file, or its bytes if it is not compressed; closing it closes both.
 
     Args:
-        name: the file's name, for messages; its suffix is used if the file is too short to recognize its kind.
+        name: the file's name, for messages; its suffix tells whether a very short file is a truncated compressed one.
         file: the open file, at its beginning; may be a pipe.
 
     Raises:
-        DataError: the file is not text, or is cut off within its first bytes.
+        DataError: the file is not text, is truncated within its first bytes, or is compressed too many times over.
     """
     for _ in range(MAX_PACKINGS):
         head, file = _peek(name, file)
@@ -127,29 +129,29 @@ def open_unpacked(name: str, file: IO[bytes]) -> IO[bytes]:
 
 
 def _peek(name: str, file: IO[bytes]) -> tuple[bytes, IO[bytes]]:
-    """Return the first bytes of a file, and a file that begins with them again."""
+    """Return the first bytes of a file, and a file with all its bytes, these included."""
     head = b""
     try:
         while len(head) < HEAD_BYTES and (more := file.read(HEAD_BYTES - len(head))):
             head += more
     except DAMAGE_ERRORS as error:
         raise damaged_error(name, 0, error) from error
-    return head, io.BufferedReader(_Rejoined(head, file), BLOCK_BYTES)
+    return head, io.BufferedReader(_PrependedFile(head, file), BLOCK_BYTES)
 
 
 def _check_truncated(name: str, head: bytes) -> None:
-    """Raise a DataError for a file with the suffix of a compressed one that ends before its kind can be recognized."""
+    """Raise a DataError if a file has the suffix of a kind of compression, but ends within that kind's magic bytes."""
     kind = next((kind for suffix, kind in PACKED_SUFFIXES.items() if name.endswith(suffix)), None)
-    if kind and any(mark.startswith(head) for mark, known in COMPRESSION_SIGNATURES if known == kind):
+    if kind and any(magic.startswith(head) for magic, known in COMPRESSION_SIGNATURES if known == kind):
         raise damaged_error(name, 0, f"of {kind} it has only {len(head)} bytes: it was cut off")
 
 
 def _unpack(kind: str, name: str, file: IO[bytes]) -> IO[bytes]:
-    """Return a file with the decompressed bytes of a file of one of the kinds of `PACKED_SUFFIXES`."""
+    """Return a file with the decompressed bytes of a file. kind: one of the values of `PACKED_SUFFIXES`."""
     match kind:
         case "gzip":
             plain: Any = gzip.GzipFile(fileobj=file, mode="rb")
-            plain.myfileobj = file  # makes `close` close the file, too
+            plain.myfileobj = file  # GzipFile.close() closes this file
             return cast(IO[bytes], plain)
         case "bzip2":
             raw = UnpackedFile(file, bz2.BZ2Decompressor, (OSError, ValueError))
@@ -162,6 +164,7 @@ def _unpack(kind: str, name: str, file: IO[bytes]) -> IO[bytes]:
 
 
 def _zstandard(name: str, file: IO[bytes]) -> UnpackedFile:
+    """Return a zstandard file's decompressed bytes; DataError if the package is not installed."""
     try:
         import zstandard
     except ImportError as error:
@@ -172,7 +175,7 @@ def _zstandard(name: str, file: IO[bytes]) -> UnpackedFile:
 
 
 def damaged_error(name: str, line: int, why: object) -> DataError:
-    """Return the error for a file that cannot be read any further.
+    """Return the error for a damaged file.
 
     Args:
         name: the file's name.
@@ -183,5 +186,5 @@ def damaged_error(name: str, line: int, why: object) -> DataError:
 
 
 def bare_name(name: str) -> str:
-    """Return a file's name without the suffix of its compression."""
+    """Return a file name without a suffix of compression."""
     return next((name.removesuffix(suffix) for suffix in PACKED_SUFFIXES if name.endswith(suffix)), name)

@@ -1,4 +1,4 @@
-"""Preprocess a corpus of JSON lines into indexed datasets; `encode.py` encodes the lines, one process writes them in order."""
+"""Preprocess a corpus of JSON lines into indexed datasets: `encode.py` encodes the lines, one process writes them in order."""
 
 from __future__ import annotations
 
@@ -23,17 +23,22 @@ from megatron.files.outputs import InputPaths, check_file, files_in
 from megatron.files.pending import PendingFile, remove_leftovers
 
 BAD_LINES = ".bad.jsonl"
-MAX_QUIET_PART = 1 << 24  # characters that are worth a word when they cannot be cut
+MAX_QUIET_PART = 1 << 24  # length of a text, in characters, above which a note says that it was not cut
 
 
 @dataclass
 class PreprocessTotals:
-    """Counts of a whole run, to report while it goes on and at its end.
+    """Counts of a preprocessing run, for progress reports and the final one.
 
     Attributes:
+        documents: number of documents.
+        tokens: number of tokens, of all keys.
+        empty: number of texts without tokens.
+        bad: number of skipped lines.
         size: bytes of JSON read.
-        seconds: since the first block was asked for.
+        seconds: time since the first block was requested.
         longest_part: as in `TokenColumn`.
+        prefixes: the datasets, one for each key.
         special_tokens: as in `EncodedBlock`.
     """
 
@@ -48,7 +53,7 @@ class PreprocessTotals:
     special_tokens: Counter[str] = field(default_factory=Counter)
 
     def add(self, block: EncodedBlock) -> None:
-        """Count a block in."""
+        """Add the counts of a block."""
         self.documents += block.documents
         self.tokens += sum(len(column.tokens) for column in block.columns)
         self.empty += sum(column.empty for column in block.columns)
@@ -68,22 +73,23 @@ def preprocess(
 ) -> PreprocessTotals:
     """Write `PREFIX_KEY_document.bin/.idx` (or `_sentence`) for each key, with a sidecar that names the tokenizer.
 
-    Nothing is left behind, and older outputs stay as they were, if this fails or is interrupted.
+    If this fails or is interrupted, no files are left behind, and older outputs are not changed.
 
     Args:
-        inputs: files and globs.
-        output_prefix: PREFIX. Bad lines that are skipped go to `PREFIX.bad.jsonl`.
-        settings: of the tokenizer, and of documents and lines.
-        workers: processes; the output is the same for any number.
+        inputs: names and globs of the input files.
+        output_prefix: PREFIX. Skipped lines are written to `PREFIX.bad.jsonl`.
+        settings: settings of preprocessing.
+        workers: number of processes; the output does not depend on it.
         on_progress: called after each block.
-        log: called with each line about the tokens that documents begin and end with, and about special tokens in texts.
+        log: called with each line of text about first tokens, end-of-document tokens and special tokens in texts.
 
     Raises:
-        DataError: for wrong input, also for documents without a single token.
+        DataError: if the input is invalid, or has no tokens under one of the keys.
+        OutputError: if an output would replace an input or another kind of file.
     """
     check_keys(settings.keys)
     files = expand_globs(inputs)
-    tokenizer = Encoder(settings).tokenizer  # whatever is wrong with it shows before any work
+    tokenizer = Encoder(settings).tokenizer  # built first, so that its errors are raised before any work
     level = "sentence" if settings.split_sentences else "document"
     totals = PreprocessTotals(prefixes=[f"{output_prefix}_{key}_{level}" for key in settings.keys])
     _check_outputs(
@@ -116,32 +122,34 @@ def preprocess(
 
 
 def _named_files(tokenizer: TokenizerConfig) -> dict[str, str]:
-    """Return the settings of a tokenizer that name files."""
-    return {k: v for k, v in asdict(tokenizer).items() if isinstance(v, str) and k.endswith(("file", "model"))}
+    """Return the settings of a tokenizer whose values are file names."""
+    return {
+        name: value for name, value in asdict(tokenizer).items() if isinstance(value, str) and name.endswith(("file", "model"))
+    }
 
 
 def _check_outputs(outputs: Iterable[str], inputs: Iterable[str], settings: PreprocessConfig) -> None:
-    """Raise a OutputError for an output that would replace something else, or a file that is read here."""
-    read = InputPaths([*inputs, *(file for path in _named_files(settings.tokenizer).values() for file in files_in(path))])
+    """Raise an OutputError if an output would replace an input, a tokenizer's file, or a file of another kind."""
+    read_files = InputPaths([*inputs, *(file for path in _named_files(settings.tokenizer).values() for file in files_in(path))])
     for output in outputs:
-        check_file("--output-prefix", output, read)
+        check_file("--output-prefix", output, read_files)
 
 
 def _check_not_empty(
     inputs: Sequence[str], settings: PreprocessConfig, totals: PreprocessTotals, tokens: Sequence[int]
 ) -> None:
-    """Raise a DataError where there are no documents, or no tokens in those of a key: nothing could be trained on them."""
+    """Raise a DataError if there are no documents, or no tokens under one of the keys."""
     if not totals.documents:
-        why = f": all {totals.bad} lines are bad" if totals.bad else ""
-        raise DataError(f"no documents in {', '.join(inputs)}{why}")
+        reason = f": all {totals.bad} lines are bad" if totals.bad else ""
+        raise DataError(f"no documents in {', '.join(inputs)}{reason}")
     for key, count in zip(settings.keys, tokens, strict=True):
         if not count:
-            texts = f"the texts under the key {key!r} of all {totals.documents} documents are empty"
-            raise DataError(f"no tokens in {', '.join(inputs)}: {texts}; name another key with --json-keys, or other files")
+            problem = f"the texts under the key {key!r} of all {totals.documents} documents are empty"
+            raise DataError(f"no tokens in {', '.join(inputs)}: {problem}; name another key with --json-keys, or other files")
 
 
 def sidecar_entries(tokenizer: Tokenizer, settings: PreprocessConfig) -> dict[str, Any]:
-    """Return the entries of `PREFIX.meta.json` about the making of the tokens."""
+    """Return the entries of `PREFIX.meta.json` about how the tokens were made."""
     files = {name: os.path.abspath(path) for name, path in _named_files(settings.tokenizer).items()}
     return dict(
         tokenizer={**asdict(settings.tokenizer), **files},
@@ -159,7 +167,7 @@ def sidecar_entries(tokenizer: Tokenizer, settings: PreprocessConfig) -> dict[st
 
 
 def uncut_text_note(characters: int, kind: str) -> str:
-    """Return the note about a long text that the tokenizer was given at once."""
+    """Return the note about a long text that was tokenized at once."""
     return (
         f"a text of {characters} characters was tokenized at once, which takes up to 150 bytes of memory for each: it has no "
         f"place where {kind} could cut it without changing its tokens"
@@ -167,7 +175,7 @@ def uncut_text_note(characters: int, kind: str) -> str:
 
 
 class RejectedLines:
-    """Writes skipped lines, as they are, to `PREFIX.bad.jsonl`, which is made only if there are any."""
+    """Writes skipped lines unchanged to `PREFIX.bad.jsonl`, which is created only if there are any."""
 
     def __init__(self, prefix: str) -> None:
         self.path = Path(prefix + BAD_LINES)
@@ -175,7 +183,7 @@ class RejectedLines:
         self._pending: PendingFile | None = None
 
     def add(self, lines: Iterable[tuple[str, bytes]]) -> None:
-        """Write some lines, and the reason of each to standard error."""
+        """Write lines to the file, and the reason why each was skipped to standard error."""
         for reason, text in lines:
             if self._pending is None:
                 self._pending = PendingFile(self.path)
@@ -183,7 +191,7 @@ class RejectedLines:
             print(f"skipped {reason}", file=sys.stderr)
 
     def finish(self) -> None:
-        """Put the file in place, or remove one of an earlier run."""
+        """Rename the file into place; if no line was skipped, remove the file of an earlier run."""
         if self._pending is None:
             self.path.unlink(missing_ok=True)
         else:

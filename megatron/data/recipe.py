@@ -1,4 +1,4 @@
-"""Choose the samples and the collator of a model, GPT or BERT."""
+"""Choose the kind of samples and the collator for a model, GPT or BERT."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Recipe:
     Attributes:
         make: creates the samples of one dataset.
         collate: turns samples into a micro-batch.
-        mock: generates synthetic samples; None without --mock-data.
+        mock: generates synthetic samples; None unless --mock-data is given.
     """
 
     make: MakeDataset
@@ -38,13 +38,13 @@ def build_recipe(model: ModelConfig, data: DataConfig, seed: int, tokenizer: Tok
         tokenizer: the tokenizer, with the special tokens that the samples need.
 
     Raises:
-        DataError: when the tokenizer lacks a token that the samples need.
+        DataError: if the tokenizer lacks a token that the samples need.
     """
     if model.architecture == "gpt":
         collate = GPTCollator.from_config(data, tokenizer.vocab_size, tokenizer.special.get("eod"))
-        made_up = mock_gpt(tokenizer, data.seq_length, seed) if data.mock_data else None
-        return Recipe(gpt_dataset_maker(data, seed), collate, made_up)
-    # Synthetic samples do not need the tokenizer's special tokens, so that NullTokenizer can be used as well.
+        synthetic = mock_gpt(tokenizer, data.seq_length, seed) if data.mock_data else None
+        return Recipe(gpt_dataset_maker(data, seed), collate, synthetic)
+    # With synthetic samples any tokenizer can be used, also one without BERT's special tokens, such as NullTokenizer.
     token = bert_roles(tokenizer).__getitem__ if data.mock_data else tokenizer.token
     rules = build_pair_rules(data, seed, tokenizer, token, binary=model.bert_binary_head)
     pair_collator = BertCollator(data.seq_length, token("pad"), model.bert_binary_head)

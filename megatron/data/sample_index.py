@@ -1,9 +1,9 @@
-"""Index of GPT samples: three arrays that follow from the document lengths, the seed and two counts.
+"""Index of GPT samples: three arrays, computed from document lengths, sequence length, number of samples and seed.
 
-The documents of a split are put one after the other, once per epoch, in shuffled order, and the stream of their tokens is
-cut every `seq_length` tokens. Sample j reads from cut j on and one token beyond cut j + 1, so it yields seq_length inputs
-and their labels, and overlaps the next sample by one token. The samples are then shuffled. The order equals
-Megatron-Core 0.16's `GPTDataset` bit for bit, built in blocks of numpy operations.
+The documents of a split are concatenated in shuffled order, once per epoch, and the stream of their tokens is cut every
+`seq_length` tokens. Sample j begins at cut j and ends one token after cut j + 1, so that it has `seq_length` inputs and their
+labels, and overlaps the next sample by one token. Then the samples are shuffled. The order is exactly that of Megatron-Core
+0.16's `GPTDataset`, computed with numpy in blocks.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from numpy.typing import NDArray
 
 from megatron.data.errors import DataError
 
-BLOCK = 1 << 20  # documents per step: bounds the working memory
-SEPARATE_BELOW = 0.80  # share of the last epoch, as Megatron-Core has it
+BLOCK = 1 << 20  # documents that are processed at a time, to bound memory
+SEPARATE_BELOW = 0.80  # fraction of the last epoch below which it is shuffled separately, as in Megatron-Core
 
 
 @dataclass(frozen=True)
 class SampleIndex:
-    """The three arrays by which a sample's tokens are found.
+    """The three arrays that locate the tokens of each sample.
 
     Attributes:
-        documents: int32 `[epochs * documents]`, the sequence at each place of the stream.
-        samples: int32 or int64 `[samples + 1, 2]`, each cut as (place in the stream, token within that sequence).
+        documents: int32 `[epochs * documents]`, the numbers of the sequences in the order of the stream.
+        samples: int32 or int64 `[samples + 1, 2]`, each cut as (index in `documents`, token within that sequence).
         shuffle: uint32 or int64 `[samples]`, the cut at which each sample of the training order starts.
     """
 
@@ -37,11 +37,13 @@ class SampleIndex:
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """The number of epochs, and the start of the last one if it is shuffled apart.
+    """The number of epochs, and where the last one starts if it is shuffled separately.
 
     Attributes:
-        tokens: of one epoch.
-        first_epochs_samples: number of samples before the last epoch if that is shuffled apart.
+        tokens: number of tokens of one epoch.
+        epochs: number of epochs.
+        separate_last: whether the last epoch is shuffled separately.
+        first_epochs_samples: number of samples before the last epoch; 0 if there is only one epoch.
     """
 
     tokens: int
@@ -51,19 +53,19 @@ class EpochPlan:
 
 
 def plan_epochs(tokens: int, seq_length: int, num_samples: int | None, extra: int = 1) -> EpochPlan:
-    """Return the epochs that a number of samples needs.
+    """Return the plan of epochs for a number of samples.
 
-    When less than 80 % of the last epoch is needed it is shuffled apart from the others, so that all documents are seen
-    equally often before any is seen once more.
+    If less than 80 % of the last epoch is needed, it is shuffled separately, so that all documents are read equally often
+    before some are read again.
 
     Args:
-        tokens: of one epoch.
+        tokens: number of tokens of one epoch.
         seq_length: input tokens of a sample.
         num_samples: number of samples; None for one epoch.
-        extra: tokens that a sample has beyond `seq_length`.
+        extra: number of tokens that a sample has in addition to `seq_length`; 1 for the last label.
 
     Raises:
-        DataError: if there are no tokens, from which no sample can be made.
+        DataError: if there are no tokens.
     """
     if tokens <= 0:
         raise DataError(
@@ -74,8 +76,8 @@ def plan_epochs(tokens: int, seq_length: int, num_samples: int | None, extra: in
     if num_samples is None or epochs == 1:
         return EpochPlan(tokens, epochs, False, 0)
     per_epoch = (tokens - extra) // seq_length
-    separate = num_samples - before_last < int(SEPARATE_BELOW * per_epoch)
-    return EpochPlan(tokens, epochs, separate, before_last)
+    separate_last = num_samples - before_last < int(SEPARATE_BELOW * per_epoch)
+    return EpochPlan(tokens, epochs, separate_last, before_last)
 
 
 def document_order(
@@ -85,18 +87,18 @@ def document_order(
 
     Args:
         documents: int32 `[n]`, numbers of sequences.
-        epochs: number of times that each is read.
+        epochs: number of times that each sequence is read.
         separate_last: shuffle the last epoch on its own, the others together.
-        random: shuffles, in place, as Megatron-Core does.
+        random: generator of the shuffles, used as in Megatron-Core.
 
     Returns:
         int32 `[epochs * n]`.
     """
-    first = epochs - 1 if separate_last else epochs
+    joint_epochs = epochs - 1 if separate_last else epochs
     order = np.tile(np.asarray(documents, dtype=np.int32), epochs)
-    random.shuffle(order[: first * len(documents)])  # a slice is a view, so this shuffles `order`
+    random.shuffle(order[: joint_epochs * len(documents)])  # a slice is a view, so this shuffles `order`
     if separate_last:
-        random.shuffle(order[first * len(documents) :])
+        random.shuffle(order[joint_epochs * len(documents) :])
     return order
 
 
@@ -111,44 +113,43 @@ def cut_stream(
 ) -> NDArray[Any]:
     """Cut the stream of tokens into samples.
 
-    A cut lies in the document that holds the last token of the sample before it, `extra` tokens short of that sample's end.
+    A cut is in the document with the last token of the sample before it, `extra` tokens before that sample's end.
 
     Args:
         lengths: int32, tokens of every sequence of the dataset.
-        order: int32 `[n]`, the sequence at each place of the stream.
+        order: int32 `[n]`, the numbers of the sequences in the order of the stream.
         tokens: sum of the lengths over `order`.
         seq_length: input tokens of a sample.
-        extra: tokens that a sample has beyond `seq_length`.
-        drop_last: leave out a last sample that the stream cannot fill.
+        extra: number of tokens that a sample has in addition to `seq_length`; 1 for the last label.
+        drop_last: leave out a last sample that is not full.
 
     Returns:
-        `[samples + 1, 2]`: place in the stream and token in its sequence at which each sample starts; the last row is the
-        end of the last sample.
+        `[samples + 1, 2]`: index in `order` and token in that sequence at which each sample starts; the last row is the end of
+        the last sample.
     """
     samples = (tokens - extra) // seq_length if drop_last else -(-(tokens - extra) // seq_length)
     samples = max(samples, 0)
     largest = max(len(order), int(lengths.max(initial=0)))
     cuts = np.zeros((samples + 1, 2), dtype=np.int32 if largest <= np.iinfo(np.int32).max else np.int64)
-    done, before = 1, 0
+    done, before = 1, 0  # rows of `cuts` that are filled, tokens before the block
     for start in range(0, len(order), BLOCK):
-        ends = np.cumsum(lengths[order[start : start + BLOCK]], dtype=np.int64)  # [block], tokens of the stream up to each
+        ends = np.cumsum(lengths[order[start : start + BLOCK]], dtype=np.int64)  # [block], tokens up to the end of each
         ends += before
-        # Cuts from `done` to `stop` lie in this block.
+        # The cuts in `[done, stop)` are in this block.
         stop = samples + 1 if ends[-1] >= tokens else (int(ends[-1]) - extra) // seq_length + 1
         if stop > done:
             positions = np.minimum(np.arange(done, stop, dtype=np.int64) * seq_length, tokens - extra)
             places = np.searchsorted(ends, positions + extra, side="left")
             cuts[done:stop, 0] = places + start
-            # At place 0 the index -1 is read and thrown away.
+            # At place 0, ends[-1] is read and discarded.
             begins = np.where(places > 0, ends[places - 1], before)
             cuts[done:stop, 1] = positions - begins
             done = stop
         before = int(ends[-1])
-    rest = int(lengths[order[-1]]) - extra
-    if (
-        samples * seq_length > tokens - extra and rest >= 0
-    ):  # a partial last sample ends with the last document, even an empty one
-        cuts[samples] = len(order) - 1, rest
+    last_token = int(lengths[order[-1]]) - extra
+    # A last sample that is not full ends with the last document, even if that is empty.
+    if samples * seq_length > tokens - extra and last_token >= 0:
+        cuts[samples] = len(order) - 1, last_token
     return cuts
 
 
@@ -156,9 +157,9 @@ def shuffle_order(first: int, total: int, random: np.random.RandomState) -> NDAr
     """Return a permutation of `range(total)`, uint32, or int64 if too large.
 
     Args:
-        first: so many numbers are shuffled among themselves, and so is the rest.
+        first: the first `first` numbers are shuffled separately from the others.
         total: size of the permutation.
-        random: shuffles.
+        random: generator of the shuffles.
     """
     order = np.arange(total, dtype=np.uint32 if total < np.iinfo(np.uint32).max - 1 else np.int64)
     random.shuffle(order[:first])
@@ -184,16 +185,16 @@ def build_sample_index(
         documents: int32 `[n]`, numbers of the sequences in the split.
         seq_length: input tokens of a sample.
         seed: seed of both shuffles.
-        num_samples: least number of samples; None for one epoch.
-        extra: tokens that a sample has beyond `seq_length`.
-        drop_last: leave out a last sample that the stream cannot fill.
+        num_samples: minimum number of samples; None for one epoch.
+        extra: number of tokens that a sample has in addition to `seq_length`; 1 for the last label.
+        drop_last: leave out a last sample that is not full.
 
     Raises:
-        DataError: when the documents hold no tokens.
+        DataError: if the documents have no tokens.
     """
     tokens = sum(int(lengths[documents[i : i + BLOCK]].sum(dtype=np.int64)) for i in range(0, len(documents), BLOCK))
     plan = plan_epochs(tokens, seq_length, num_samples, extra)
-    # One generator for both shuffles, in this order: the order of samples depends on it.
+    # Both shuffles draw from one generator, and the order of samples depends on their order.
     random = np.random.RandomState(seed)
     order = document_order(documents, plan.epochs, plan.separate_last, random)
     cuts = cut_stream(lengths, order, plan.epochs * tokens, seq_length, extra=extra, drop_last=drop_last)

@@ -30,11 +30,11 @@ class GPTSentencePieceTokenizer(Tokenizer):
         self.assets = {"tokenizer.model": read_tokenizer_file(model_file, "--tokenizer-model")}
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=self.assets["tokenizer.model"])
-            self._own = int(self._model.get_piece_size())  # ids of the model; those above are added here
+            self._own = int(self._model.get_piece_size())  # number of the model's own ids; larger ids are added tokens
             self._pieces = [str(self._model.id_to_piece(i)) for i in range(self._own)]
             if not self._pieces:
                 raise ValueError("it is empty")
-        except Exception as error:  # the package raises several kinds
+        except Exception as error:  # the package raises several kinds of exceptions
             raise DataError(f"{model_file} is not a SentencePiece model: {error}") from error
         own = {role: int(getattr(self._model, f"{role}_id")()) for role in ("unk", "bos", "eos", "pad")}
         self.special = {role: number for role, number in own.items() if number >= 0}
@@ -43,7 +43,7 @@ class GPTSentencePieceTokenizer(Tokenizer):
 
     @property
     def vocab_size(self) -> int:
-        """The number of pieces, added ones included."""
+        """The number of pieces, added tokens included."""
         return len(self._pieces)
 
     def tokenize(self, text: str) -> list[int]:
@@ -52,35 +52,37 @@ class GPTSentencePieceTokenizer(Tokenizer):
 
     @cached_property
     def seam(self) -> Seam | None:
-        """Finds the places where long texts can be cut; None if the model allows none."""
-        known = cuts_are_safe(self.assets["tokenizer.model"])
-        return BPESeam(self._model, self._pieces[: self._own], self.added_tokens()) if known else None
+        """The seam for cutting long texts; None if they cannot be cut safely for this model."""
+        is_safe = cuts_are_safe(self.assets["tokenizer.model"])
+        return BPESeam(self._model, self._pieces[: self._own], self.added_tokens()) if is_safe else None
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        """Return the text of these ids; ids that are not the model's own add nothing."""
+        """Return the text of these ids, without those that are not the model's own."""
         return str(self._model.decode_ids([number for number in ids if number < self._own]))
 
     def piece(self, number: int) -> str:
-        """Return the piece with this id; "" where there is none."""
+        """Return the piece with this id; "" if there is none."""
         return self._pieces[number] if number < len(self._pieces) else ""
 
     @property
     def special_in_text(self) -> Mapping[str, int]:
-        """User-defined pieces, which the model finds in text first."""
-        return self._symbols()
+        """Ids of the user-defined pieces, which the model finds in a text before it encodes the rest."""
+        return self._user_defined_pieces()
 
-    def _symbols(self) -> Mapping[str, int]:
-        """Return the pieces that the model itself finds in text before anything else, without runs of white space."""
+    def _user_defined_pieces(self) -> Mapping[str, int]:
+        """Return the ids of the user-defined pieces, except those of white space only."""
         entries = (
-            dict(protobuf_fields(value)) for field, value in protobuf_fields(self.assets["tokenizer.model"]) if field == 1
+            dict(protobuf_fields(value))
+            for field, value in protobuf_fields(self.assets["tokenizer.model"])
+            if field == 1  # pieces
         )
-        found = [number for number, entry in enumerate(entries) if entry.get(3) == USER_DEFINED]
-        return {p: n for n in found if (p := self._pieces[n]).strip(f"{SPACE} \n\t\r")}
+        ids = [number for number, entry in enumerate(entries) if entry.get(3) == USER_DEFINED]  # field 3 is the type
+        return {piece: number for number in ids if (piece := self._pieces[number]).strip(f"{SPACE} \n\t\r")}
 
     def read_special_as_text(self) -> None:
-        """Raise a DataError if the model has user-defined pieces, which it always finds in texts; otherwise do nothing."""
-        if own := self._symbols():
-            names = ", ".join(map(repr, list(own)[:4]))
+        """Raise a DataError if the model has user-defined pieces, since it always finds them in texts."""
+        if pieces := self._user_defined_pieces():
+            names = ", ".join(map(repr, list(pieces)[:4]))
             raise DataError(
                 f"--special-tokens-in-text plain: this SentencePiece model itself finds {names} in texts; use its "
                 "tokenizer.json with --tokenizer-type HuggingFaceTokenizer, or leave the flag out"
@@ -99,7 +101,7 @@ class GPTSentencePieceTokenizer(Tokenizer):
 class SentencePieceTokenizer(GPTSentencePieceTokenizer):
     """A SentencePiece model with `<CLS>`, `<SEP>`, `<EOD>`, `<MASK>` and `<extra_id_N>`, added as Megatron-LM adds them.
 
-    Tokens that the model has already keep their ids. All of them are recognized in texts.
+    Those that the model already has keep their ids. All of them are recognized in texts.
     """
 
     kind = "SentencePieceTokenizer"
@@ -110,44 +112,44 @@ class SentencePieceTokenizer(GPTSentencePieceTokenizer):
         names = {"cls": "<CLS>", "sep": "<SEP>", "eod": "<EOD>", "mask": "<MASK>"}
         names |= {r: self._pieces[self.special[r]] if r in self.special else f"<{r.upper()}>" for r in ("pad", "bos", "eos")}
         ids = {piece: number for number, piece in enumerate(self._pieces)}
-        self._known: dict[str, int] = {}
+        self._added: dict[str, int] = {}
         for name in (*names.values(), *(f"<extra_id_{i}>" for i in range(extra_ids))):
             if name not in ids:
                 ids[name] = len(self._pieces)
                 self._pieces.append(name)
-            self._known[name] = ids[name]
+            self._added[name] = ids[name]
         self._special_is_text = False
-        # In parentheses, so that splitting keeps the tokens.
-        self._cut = re.compile("(" + "|".join(map(re.escape, self._known)) + ")")
-        self.special = {**self.special, **{role: self._known[name] for role, name in names.items()}}
+        # With a group, so that split() also returns the tokens.
+        self._token_pattern = re.compile("(" + "|".join(map(re.escape, self._added)) + ")")
+        self.special = {**self.special, **{role: self._added[name] for role, name in names.items()}}
 
     @property
     def special_in_text(self) -> Mapping[str, int]:
-        """User-defined pieces of the model, and the added tokens."""
-        return {**self._symbols(), **self._known}
+        """Ids of the user-defined pieces of the model and of the added tokens."""
+        return {**self._user_defined_pieces(), **self._added}
 
     def read_special_as_text(self) -> None:
-        """Tokenize the added tokens in texts as any other text."""
+        """Tokenize the added tokens in texts like any other text; DataError if the model has user-defined pieces."""
         super().read_special_as_text()
         self._special_is_text = True
 
     def added_tokens(self) -> list[str]:
-        """Return the tokens that Megatron-LM adds, whether or not the model has them."""
-        return list(self._known)
+        """Return the tokens that Megatron-LM adds, including those that the model already has."""
+        return list(self._added)
 
     def tokenize(self, text: str) -> list[int]:
         """Return the ids of a text, in which the added tokens are found first."""
         if self._special_is_text:
             return super().tokenize(text)
         ids: list[int] = []
-        for whole in self.parts(text):
-            for part in filter(None, self._cut.split(whole)):  # each a known token or free of them
-                ids += [self._known[part]] if part in self._known else self._model.encode_as_ids(part)
+        for text_part in self.parts(text):
+            for part in filter(None, self._token_pattern.split(text_part)):  # each is an added token, or contains none
+                ids += [self._added[part]] if part in self._added else self._model.encode_as_ids(part)
         return ids
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """Return the text of these ids; an added token appears by name, with a space after it."""
-        names = {number: name for name, number in self._known.items()}
+        names = {number: name for name, number in self._added.items()}
         parts: list[str] = []
         plain: list[int] = []
         for number in ids:
@@ -160,42 +162,47 @@ class SentencePieceTokenizer(GPTSentencePieceTokenizer):
 
 
 class BPESeam(Seam):
-    """Cuts texts for a BPE model: where no piece of the vocabulary holds the two characters that are parted.
+    """Cuts texts for a BPE model, where no piece of the vocabulary contains the two characters next to the cut side by side.
 
-    A merge across the place would make such a piece. Known tokens, which are found in text first, must not be near.
+    A merge across the cut would form such a piece. Added tokens, which are found in a text first, must not be near.
+
+    Args:
+        model: the SentencePieceProcessor.
+        pieces: the pieces of its vocabulary.
+        added: the added tokens.
     """
 
-    def __init__(self, model: Any, pieces: Sequence[str], known: Sequence[str]) -> None:
+    def __init__(self, model: Any, pieces: Sequence[str], added: Sequence[str]) -> None:
         self._model, self._pieces = model, frozenset(pieces)
         self._neighbours = adjacent_pairs(piece.replace(" ", SPACE) for piece in pieces)
-        self._known = TokenFinder(known)
-        self.context = max(self.context, self._known.longest + 2)
+        self._added = TokenFinder(added)
+        self.context = max(self.context, self._added.longest + 2)
 
     def judge(self, left: str, right: str) -> int | None:
-        """Allow for a cut where both sides, normalized alone, are the whole, and no merge crosses the place."""
-        if self._known(left + right):
+        """Allow a cut where both sides, normalized alone, give the normalized whole, and no merge crosses the cut."""
+        if self._added(left + right):
             return None
         whole, before = str(self._model.normalize(left + right)), str(self._model.normalize(left))
         for skipped in (0, 1) if right[0].isspace() else (0,):
             after = str(self._model.normalize(right[skipped:]))
-            if before and after and before + after == whole and self._can_part(before[-1], after[0]):
+            if before and after and before + after == whole and self._can_cut_between(before[-1], after[0]):
                 return skipped
         return None
 
-    def _can_part(self, before: str, after: str) -> bool:
-        """Return whether no merge can join these two characters, and none of them is spelt in bytes."""
-        known = before in self._pieces and after in self._pieces and before + after not in self._neighbours
-        return known and before.isalnum() and after in SEPARATORS
+    def _can_cut_between(self, before: str, after: str) -> bool:
+        """Return whether no merge can join these two characters, and both are pieces themselves, not encoded as bytes."""
+        is_separate = before in self._pieces and after in self._pieces and before + after not in self._neighbours
+        return is_separate and before.isalnum() and after in SEPARATORS
 
 
 def cuts_are_safe(proto: bytes) -> bool:
-    """Return whether a serialised ModelProto is a BPE model with one of the usual normalizations, which are local.
+    """Return whether a serialised ModelProto is a BPE model with one of the usual, local normalizations.
 
-    A unigram model adds up the scores of a whole text: how the sums round decides where two orders of the same pieces score
-    alike (`** ****` or `**** **`), so that no place is safe.
+    A unigram model adds up the scores of a whole text. Where two orders of the same pieces have equal scores (`** ****` or
+    `**** **`), rounding decides between them, so that no cut is safe.
     """
     parts = dict(protobuf_fields(proto))
-    # 2 is trainer_spec, 3 normalizer_spec of ModelProto.
+    # Field 2 of ModelProto is trainer_spec, field 3 normalizer_spec.
     trainer, norm = dict(protobuf_fields(parts.get(2, b""))), dict(protobuf_fields(parts.get(3, b"")))
     usual = norm.get(1, b"") in (b"identity", b"nfkc", b"nfkc_cf", b"nmt_nfkc", b"nmt_nfkc_cf")
     escapes_spaces, spaces_as_suffixes = norm.get(5, 1), trainer.get(24, 0)
@@ -203,10 +210,10 @@ def cuts_are_safe(proto: bytes) -> bool:
 
 
 def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield the (number, value) pairs of a serialised protocol buffer: ints for varints, bytes for the rest."""
+    """Yield the (field number, value) pairs of a serialised protocol buffer; values are ints for varints, else bytes."""
     stream = io.BytesIO(message)
 
-    def varint() -> int:  # seven bits in each byte, the lowest first; the eighth says that more follow
+    def varint() -> int:  # seven bits per byte, lowest first; the eighth bit is set if more bytes follow
         value = shift = 0
         while True:
             byte = stream.read(1)
@@ -229,23 +236,24 @@ def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
             case 5:
                 yield key >> 3, stream.read(4)
             case wire:
-                raise DataError(f"the SentencePiece model has a field of unknown form {wire}")
+                raise DataError(f"the SentencePiece model has a field of unknown wire type {wire}")
 
 
 def convert_sentence_piece(proto: bytes, model: Any, pieces: list[str], scores: list[float], added: list[str]) -> Backend:
     """Return a SentencePiece model as a tokenizer of the `tokenizers` package.
 
-    The two break ties differently where a unigram model scores two orders of the same pieces alike (`** ****` or `**** **`).
+    The two packages break ties differently where two orders of the same pieces have equal scores in a unigram model (`** ****`
+    or `**** **`).
 
     Args:
-        proto: the serialised ModelProto, of which trainer_spec (2) and normalizer_spec (3) are read.
-        model: the SentencePieceProcessor of it.
-        pieces: the pieces by id, those of the model and then the added ones.
+        proto: the serialised ModelProto.
+        model: the SentencePieceProcessor of the same model.
+        pieces: the pieces by id: those of the model, then the added tokens.
         scores: scores of the model's pieces.
         added: tokens of `pieces` that are found in a text first.
 
     Raises:
-        DataError: for a word or character model, and for one that writes spaces as suffixes.
+        DataError: if it is a word or character model, or writes spaces as suffixes.
     """
     parts = dict(protobuf_fields(proto))
     trainer, norm = dict(protobuf_fields(parts.get(2, b""))), dict(protobuf_fields(parts.get(3, b"")))
@@ -255,9 +263,9 @@ def convert_sentence_piece(proto: bytes, model: Any, pieces: list[str], scores: 
     vocab = {piece: number for number, piece in enumerate(pieces[: len(scores)])}
     unknown = int(model.unk_id())
     if kind == UNIGRAM:
-        core: Any = models.Unigram(list(zip(pieces, scores, strict=False)), unk_id=unknown, byte_fallback=byte_fallback)
+        converted: Any = models.Unigram(list(zip(pieces, scores, strict=False)), unk_id=unknown, byte_fallback=byte_fallback)
     elif kind == BPE:
-        core = models.BPE(
+        converted = models.BPE(
             vocab=vocab,
             merges=list(bpe_merges(vocab, scores)),
             unk_token=pieces[unknown],
@@ -266,15 +274,15 @@ def convert_sentence_piece(proto: bytes, model: Any, pieces: list[str], scores: 
         )
     else:
         raise DataError("only unigram and BPE models of SentencePiece can be written as a tokenizer.json")
-    backend = Backend(core)
+    backend = Backend(converted)
     # The steps of SentencePiece's own normalizer, in its order.
     steps: list[Any] = []
     if norm.get(2):
         steps.append(normalizers.Precompiled(norm[2]))
     if norm.get(4, 1):  # remove_extra_whitespaces
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    prefix = bool(norm.get(3, 1))  # add_dummy_prefix: a space before each text
-    steps += [normalizers.Prepend(SPACE)] if prefix else []
+    adds_prefix = bool(norm.get(3, 1))  # add_dummy_prefix: a space before each text
+    steps += [normalizers.Prepend(SPACE)] if adds_prefix else []
     steps.append(normalizers.Replace(" ", SPACE))
     backend.normalizer = normalizers.Sequence(steps)
     backend.decoder = decoders.Sequence(
@@ -282,7 +290,7 @@ def convert_sentence_piece(proto: bytes, model: Any, pieces: list[str], scores: 
             decoders.Replace(SPACE, " "),
             decoders.ByteFallback(),
             decoders.Fuse(),
-            *([decoders.Strip(" ", 1, 0)] if prefix else []),
+            *([decoders.Strip(" ", 1, 0)] if adds_prefix else []),
         ]
     )
     entries = [dict(protobuf_fields(value)) for field, value in protobuf_fields(proto) if field == 1]
@@ -295,7 +303,7 @@ def convert_sentence_piece(proto: bytes, model: Any, pieces: list[str], scores: 
 
 
 def bpe_merges(vocab: dict[str, int], scores: list[float]) -> Iterator[tuple[str, str]]:
-    """Yield the merges of a BPE model, which SentencePiece leaves implicit: best score of the result first."""
+    """Yield the merges of a BPE model, which SentencePiece does not store, by descending score of the merged piece."""
     order: list[tuple[float, int, int, str, str]] = []
     for piece, number in vocab.items():
         for cut in range(1, len(piece)):

@@ -29,11 +29,11 @@ from megatron.files.regular import parse_json
 __all__ = ["ByteTokenizer", "NullTokenizer", "Tokenizer", "build_tokenizer", "load_tokenizer"]
 
 
-MAX_EXTRA_IDS = 100_000  # that a saved tokenizer may ask for
+MAX_EXTRA_IDS = 100_000  # maximum extra_ids of a saved tokenizer
 
 
 class ByteTokenizer(Tokenizer):
-    """A tokenizer of bytes: ids 0 to 255 are the bytes of the text in UTF-8, 256 ends a document. Needs no file."""
+    """A tokenizer of bytes, without files: ids 0 to 255 are the bytes of the UTF-8 text, 256 ends documents."""
 
     kind = "ByteTokenizer"
 
@@ -42,7 +42,7 @@ class ByteTokenizer(Tokenizer):
 
     @property
     def vocab_size(self) -> int:
-        """257: the bytes, and the end of document."""
+        """257: the bytes and the end-of-document token."""
         return 257
 
     def tokenize(self, text: str) -> list[int]:
@@ -50,13 +50,13 @@ class ByteTokenizer(Tokenizer):
         return list(text.encode("utf-8"))
 
     def parts(self, text: str) -> Iterator[str]:
-        """Cut a text anywhere between two characters."""
+        """Yield parts of a text, which can be cut between any two characters."""
         return (text[start : start + MAX_PART] for start in range(0, max(1, len(text)), MAX_PART))
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        """Decode bytes as UTF-8; those that are none become U+FFFD."""
-        found = b"".join(END_OF_TEXT.encode() if i == 256 else bytes([i]) for i in ids if i < self.vocab_size)
-        return found.decode("utf-8", errors="replace")
+        """Decode bytes as UTF-8; invalid ones become U+FFFD."""
+        data = b"".join(END_OF_TEXT.encode() if i == 256 else bytes([i]) for i in ids if i < self.vocab_size)
+        return data.decode("utf-8", errors="replace")
 
     def piece(self, number: int) -> str:
         """Return the symbol of a byte, as byte-level BPE writes it."""
@@ -72,59 +72,59 @@ class ByteTokenizer(Tokenizer):
 
 
 class NullTokenizer(Tokenizer):
-    """A tokenizer of text that is numbers already, separated by white space; one more id ends a document."""
+    """A tokenizer of texts that consist of token ids, separated by white space; one more id ends documents."""
 
     kind = "NullTokenizer"
 
     def __init__(self, vocab_size: int) -> None:
-        self._numbers = vocab_size
+        self._text_ids = vocab_size  # number of ids without the end-of-document token
         self.special, self.assets = {"eod": vocab_size}, {}
 
     @property
     def vocab_size(self) -> int:
-        """The number of ids, with the end of document."""
-        return self._numbers + 1
+        """The number of ids, including the end-of-document token."""
+        return self._text_ids + 1
 
     def tokenize(self, text: str) -> list[int]:
-        """Return the numbers of a text; DataError for a word that is no id."""
+        """Return the numbers in a text; DataError if a word is not an id."""
         words = text.split()
-        for place, word in enumerate(words, 1):
-            # int() also reads 1_000 and digits of other scripts, which nobody means.
+        for position, word in enumerate(words, 1):
+            # int() would also accept 1_000 and digits of other scripts.
             if not (word.isascii() and word.isdecimal()):
-                raise DataError(f"NullTokenizer reads whole numbers separated by spaces; word {place} is {word[:40]!r}")
-            # The length first: no int is made of thousands of digits.
+                raise DataError(f"NullTokenizer reads whole numbers separated by spaces; word {position} is {word[:40]!r}")
+            # Check the length first, since int() refuses thousands of digits.
             if len(word) > 10 or int(word) >= self.vocab_size:
-                what = f"word {place} is {word[:40]}, outside of --vocab-size {self._numbers}"
+                problem = f"word {position} is {word[:40]}, outside of --vocab-size {self._text_ids}"
                 raise DataError(
-                    f"NullTokenizer: {what}: its ids are 0 to {self._numbers - 1}, and {self._numbers} ends a document"
+                    f"NullTokenizer: {problem}: its ids are 0 to {self._text_ids - 1}, and {self._text_ids} ends a document"
                 )
         return [int(word) for word in words]
 
     def read_special_as_text(self) -> None:
-        """Raise a DataError: no id can be text."""
+        """Raise a DataError, since the texts consist of ids."""
         raise DataError("--special-tokens-in-text plain: the text of a NullTokenizer is ids already, none of which is text")
 
     @cached_property
     def seam(self) -> Seam | None:
-        """Cuts before white space."""
+        """The seam that cuts texts before white space."""
         return WhiteSpaceSeam()
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        """Write ids as numbers, with spaces between."""
+        """Return the ids as numbers, separated by spaces."""
         return " ".join(map(str, ids))
 
     def piece(self, number: int) -> str:
-        """Write an id as a number."""
+        """Return the id as a number."""
         return str(number)
 
     def backend(self) -> Backend:
-        """Return a vocabulary of numbers, split at white space."""
-        backend = Backend(models.WordLevel({str(i): i for i in range(self.vocab_size)}, unk_token=str(self._numbers)))
+        """Return a word-level tokenizer whose words are the numbers."""
+        backend = Backend(models.WordLevel({str(i): i for i in range(self.vocab_size)}, unk_token=str(self._text_ids)))
         backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         return backend
 
     def hf_files(self, directory: str | os.PathLike[str], max_length: int, *, segments: bool = False) -> None:
-        """Raise a DataError: numbers have no Hugging Face form.
+        """Raise a DataError, since there is no Hugging Face form of this tokenizer.
 
         Args:
             directory: not written.
@@ -135,7 +135,7 @@ class NullTokenizer(Tokenizer):
 
 
 def byte_symbols() -> list[str]:
-    """Return the 256 characters by which GPT-2's byte-level BPE writes the bytes: printable ones stand for themselves."""
+    """Return the 256 characters that stand for bytes in GPT-2's byte-level BPE; printable ones stand for themselves."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = (chr(256 + i) for i in range(256))
     return [chr(byte) if byte in printable else next(others) for byte in range(256)]
@@ -144,19 +144,19 @@ def byte_symbols() -> list[str]:
 def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
     """Build the tokenizer that these settings name.
 
-    Raises DataError if a file is missing, unreadable or of another kind, and for an --eod-token or a --bos-token that the
-    tokenizer does not have.
+    Raises DataError if a file is missing, unreadable or of another kind, or if the tokenizer lacks the token of --eod-token or
+    --bos-token.
     """
     return choose_tokens(_read_files(config), config)
 
 
 def _read_files(config: TokenizerConfig) -> Tokenizer:
-    """Build the tokenizer with the special tokens of its files."""
+    """Build the tokenizer from its files, without --eod-token and --bos-token."""
     kind = config.tokenizer_type
     if kind is None:
         raise DataError("no tokenizer: give --tokenizer-type (ByteTokenizer needs no file)")
 
-    def needed(flag: str, value: Any) -> Any:
+    def require(flag: str, value: Any) -> Any:
         if value is None:
             raise DataError(f"--tokenizer-type {kind} needs {flag}")
         return value
@@ -165,17 +165,17 @@ def _read_files(config: TokenizerConfig) -> Tokenizer:
         case "ByteTokenizer":
             return ByteTokenizer()
         case "NullTokenizer":
-            return NullTokenizer(needed("--vocab-size", config.vocab_size))
+            return NullTokenizer(require("--vocab-size", config.vocab_size))
         case "GPT2BPETokenizer":
-            return GPT2BPETokenizer(needed("--vocab-file", config.vocab_file), needed("--merge-file", config.merge_file))
+            return GPT2BPETokenizer(require("--vocab-file", config.vocab_file), require("--merge-file", config.merge_file))
         case "BertWordPieceLowerCase":
-            return BertWordPieceLowerCase(needed("--vocab-file", config.vocab_file), config.vocab_extra_ids)
+            return BertWordPieceLowerCase(require("--vocab-file", config.vocab_file), config.vocab_extra_ids)
         case "BertWordPieceCase":
-            return BertWordPieceCase(needed("--vocab-file", config.vocab_file), config.vocab_extra_ids)
+            return BertWordPieceCase(require("--vocab-file", config.vocab_file), config.vocab_extra_ids)
         case "HuggingFaceTokenizer":
-            return HuggingFaceTokenizer(needed("--tokenizer-model", config.tokenizer_model))
+            return HuggingFaceTokenizer(require("--tokenizer-model", config.tokenizer_model))
         case "SentencePieceTokenizer" | "GPTSentencePieceTokenizer":
-            model = needed("--tokenizer-model", config.tokenizer_model)
+            model = require("--tokenizer-model", config.tokenizer_model)
             if kind == "GPTSentencePieceTokenizer":
                 return GPTSentencePieceTokenizer(model)
             return SentencePieceTokenizer(model, config.vocab_extra_ids)
@@ -183,34 +183,35 @@ def _read_files(config: TokenizerConfig) -> Tokenizer:
 
 
 def saved_settings(directory: str | os.PathLike[str]) -> TokenizerConfig:
-    """Return the settings of the tokenizer that `save` put into a directory; DataError if it is missing or damaged."""
-    return _saved(Path(directory))[0]
+    """Return the settings of the tokenizer that `save` put into a directory; DataError if they are missing or damaged."""
+    return _read_saved(Path(directory))[0]
 
 
-def _saved(folder: Path) -> tuple[TokenizerConfig, object]:
+def _read_saved(folder: Path) -> tuple[TokenizerConfig, object]:
     """Return the settings of a saved tokenizer, and its digest."""
     try:
         about = parse_json(read_tokenizer_file(str(folder / SAVED), "tokenizer"))
         kind, size, extra, digest = about["type"], about["vocab_size"], about["extra_ids"], about["digest"]
         chosen = about.get("chosen", {})
         if not (isinstance(kind, str) and type(size) is int and type(extra) is int and 0 <= extra <= min(size, MAX_EXTRA_IDS)):
-            raise ValueError("its type, vocab_size or extra_ids is none")
+            raise ValueError("its type, vocab_size or extra_ids is invalid")
         if not all(role in ROLE_FLAGS and type(number) is int for role, number in chosen.items()):
-            raise ValueError("its chosen tokens are none")
+            raise ValueError("its chosen tokens are invalid")
     except KeyError as error:
         raise DataError(f"{folder / SAVED} is damaged: {error} is missing") from error
     except (ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{folder / SAVED} is damaged: {error}") from error
 
-    def path(name: str, *kinds: str) -> str | None:
+    def path_if(name: str, *kinds: str) -> str | None:
         return str(folder / name) if kind.startswith(kinds) else None
 
     eod, bos = (str(chosen[role]) if role in chosen else None for role in ("eod", "bos"))
     config = TokenizerConfig(
         tokenizer_type=kind,
-        vocab_file=path("vocab.json", "GPT2") or path("vocab.txt", "Bert"),
-        merge_file=path("merges.txt", "GPT2"),
-        tokenizer_model=path("tokenizer.json", "HuggingFace") or path("tokenizer.model", "SentencePiece", "GPTSentencePiece"),
+        vocab_file=path_if("vocab.json", "GPT2") or path_if("vocab.txt", "Bert"),
+        merge_file=path_if("merges.txt", "GPT2"),
+        tokenizer_model=path_if("tokenizer.json", "HuggingFace")
+        or path_if("tokenizer.model", "SentencePiece", "GPTSentencePiece"),
         vocab_size=size - 1 if kind == "NullTokenizer" else None,
         vocab_extra_ids=extra,
         eod_token=eod,
@@ -220,9 +221,9 @@ def _saved(folder: Path) -> tuple[TokenizerConfig, object]:
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
-    """Load the tokenizer that `save` put into a directory; DataError if it is missing, incomplete or was changed."""
+    """Load the tokenizer that `save` put into a directory; DataError if it is missing, incomplete or changed."""
     folder = Path(directory)
-    config, digest = _saved(folder)
+    config, digest = _read_saved(folder)
     tokenizer = build_tokenizer(config)
     if tokenizer.digest() != digest:
         raise DataError(f"the tokenizer in {folder} was changed after it was saved ({digest} then, {tokenizer.digest()} now)")

@@ -1,4 +1,4 @@
-"""Add the tokenizer's flags to tools, made from `TokenizerConfig`."""
+"""Add the tokenizer's flags, which are made from `TokenizerConfig`, to the parsers of tools."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ def add_tokenizer_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def tokenizer_config(args: argparse.Namespace) -> TokenizerConfig:
-    """Return the parsed settings."""
+    """Return the tokenizer settings in parsed arguments."""
     return TokenizerConfig(**{field.name: getattr(args, field.name) for field in fields(TokenizerConfig)})

@@ -1,4 +1,4 @@
-"""Train a byte-level BPE vocabulary on text (arXiv 1508.07909, in GPT-2's byte-level form)."""
+"""Train a byte-level BPE vocabulary on text (arXiv 1508.07909, with GPT-2's byte-level alphabet)."""
 
 from __future__ import annotations
 
@@ -22,42 +22,42 @@ OUTPUT_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.
 
 
 def read_texts(files: Sequence[str], keys: Sequence[str]) -> Iterator[str]:
-    """Yield the texts of JSON lines; of a .txt file, its lines. DataError where there is none, and for bad lines."""
+    """Yield the texts of JSON lines, and the lines of .txt files; DataError if there is no text, or if a line is invalid."""
     check_keys(keys)
-    some = False
+    has_text = False
     for file in files:
-        plain = bare_name(file).endswith(".txt")
+        is_plain = bare_name(file).endswith(".txt")
         for lines in read_blocks([file], pipes=True):
             for line in lines:
-                found = [_plain(line)] if plain else _values(line, keys)
-                some = some or any(map(str.strip, found))
-                yield from found
-    if not some:
+                texts = [_decode_line(line)] if is_plain else _json_texts(line, keys)
+                has_text = has_text or any(map(str.strip, texts))
+                yield from texts
+    if not has_text:
         raise DataError(f"no text in {', '.join(files)}: nothing can be learnt from it")
 
 
-def _plain(line: Line) -> str:
+def _decode_line(line: Line) -> str:
     try:
         return line.text.decode("utf-8-sig" if line.number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{line.file}:{line.number}: {describe_utf8_error(error)}") from error
 
 
-def _values(line: Line, keys: Sequence[str]) -> list[str]:
+def _json_texts(line: Line, keys: Sequence[str]) -> list[str]:
     try:
         return parse_line(line, keys)
     except BadLine as error:
         raise DataError(str(error)) from error
 
 
-def training_parts(backend: Backend, found: Iterable[str]) -> Iterator[str]:
-    """Return texts, long ones in parts that have the same words: a trainer needs a hundred times the size of a text.
+def training_parts(backend: Backend, texts: Iterable[str]) -> Iterator[str]:
+    """Return texts, long ones in parts that have the same words, since a trainer needs a hundred times a text's memory.
 
-    backend: the tokenizer to be trained; says where texts can be cut.
+    backend: the tokenizer to be trained, whose steps determine where texts can be cut.
     """
-    # Of a copy, made now: while a tokenizer is trained it is locked, and its trainer waits for these texts.
+    # From a copy, since a tokenizer is locked while it is trained, and its trainer would wait for these texts: a deadlock.
     seam = fast_seam(Backend.from_str(backend.to_str()))
-    return (part for text in found for part in split_text(text, lambda: seam))
+    return (part for text in texts for part in split_text(text, lambda: seam))
 
 
 def train_bpe(inputs: Sequence[str], keys: Sequence[str], vocab_size: int, output: str) -> int:
@@ -66,17 +66,17 @@ def train_bpe(inputs: Sequence[str], keys: Sequence[str], vocab_size: int, outpu
     `<|endoftext|>` is the last id, as in GPT-2.
 
     Args:
-        inputs: files and globs, of JSON lines or of text.
-        keys: of the JSON objects.
-        vocab_size: number of ids, at most.
-        output: the directory, made where it is missing.
+        inputs: names and globs of files of JSON lines or of text.
+        keys: keys of the JSON objects whose values are the texts.
+        vocab_size: maximum number of ids.
+        output: the directory to write to; created if missing.
 
     Returns:
         The number of ids.
 
     Raises:
-        DataError: for wrong input, or fewer than 257 ids.
-        OutputError: where one of the files is an input.
+        DataError: if the input is invalid, or `vocab_size` is below 257.
+        OutputError: if one of the files would replace an input.
     """
     if vocab_size < 257:
         raise DataError(f"--vocab-size {vocab_size}: at least 257, the bytes and {END_OF_TEXT}")
@@ -86,7 +86,7 @@ def train_bpe(inputs: Sequence[str], keys: Sequence[str], vocab_size: int, outpu
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    # All bytes from the start, so that any text can be written. Sorted: the trainer numbers them in this order.
+    # All 256 bytes, so that any text can be tokenized. Sorted, since the trainer numbers them in this order.
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator(training_parts(backend, read_texts(files, keys)), trainer)
@@ -99,9 +99,9 @@ def train_bpe(inputs: Sequence[str], keys: Sequence[str], vocab_size: int, outpu
     write_whole(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False) + "\n")
     pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
     write_whole(folder / "merges.txt", "\n".join(["#version: 0.2", *pairs]) + "\n")
-    about = {
+    config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
     }
-    write_whole(folder / "tokenizer_config.json", json.dumps(about, indent=2) + "\n")
+    write_whole(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
     return backend.get_vocab_size()

@@ -1,4 +1,4 @@
-"""Train a WordPiece vocabulary on text, for BERT: pieces are merged as BPE merges them, within words."""
+"""Train a WordPiece vocabulary on text, for BERT: as in BPE, pieces within words are merged."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from megatron.files.pending import write_whole
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CONTINUATION_PREFIX = "##"
-MAX_ALPHABET = 1000  # the commonest; a word with another one is unknown
+MAX_ALPHABET = 1000  # number of characters, the most frequent ones; a word with another character is unknown
 
 
 def train_wordpiece(inputs: Sequence[str], keys: Sequence[str], vocab_size: int, output: str, *, lower_case: bool) -> int:
-    """Write vocab.txt to a directory, one piece a line.
+    """Write vocab.txt to a directory, one piece per line.
 
-    Special tokens come first, then single characters, then longer pieces, both sorted. The text is read twice: the trainer
-    decides between pieces that are equally common by their numbers, and numbers characters anew each time unless it is told.
+    Special tokens come first, then single characters, then longer pieces, both sorted. The text is read twice, first for its
+    characters: the trainer breaks ties by the pieces' ids, and the ids of characters vary between runs unless they are given.
 
     Args:
-        inputs: files and globs, of JSON lines or of text.
-        keys: of the JSON objects.
-        vocab_size: number of pieces, at most.
-        output: the directory, made where it is missing.
-        lower_case: put text into lower case first.
+        inputs: names and globs of files of JSON lines or of text.
+        keys: keys of the JSON objects whose values are the texts.
+        vocab_size: maximum number of pieces.
+        output: the directory to write to; created if missing.
+        lower_case: convert texts to lower case.
 
     Returns:
         The number of pieces.
 
     Raises:
-        DataError: for wrong input, and for a size that does not hold every character.
-        OutputError: where vocab.txt is an input.
+        DataError: if the input is invalid, or `vocab_size` is too small for all characters.
+        OutputError: if vocab.txt would replace an input.
     """
     if vocab_size < len(SPECIAL_TOKENS):
         raise DataError(
@@ -69,13 +69,13 @@ def train_wordpiece(inputs: Sequence[str], keys: Sequence[str], vocab_size: int,
     return len(pieces)
 
 
-def _characters(backend: Backend, found: Iterable[str]) -> list[str]:
-    """Return the commonest characters of the texts' words, first as they begin words, then as they continue them, sorted."""
+def _characters(backend: Backend, texts: Iterable[str]) -> list[str]:
+    """Return the most frequent characters, sorted: those that begin words, then, with `##`, those that continue them."""
     begin, inside = Counter[str](), Counter[str]()
-    for text in found:
+    for text in texts:
         for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text)):
             begin[word[0]] += 1
             inside.update(word[1:])
-    # Of equally common ones the smallest, so that the order of a text does not show.
-    common = {c for c, _ in sorted((begin + inside).items(), key=lambda item: (-item[1], item[0]))[:MAX_ALPHABET]}
-    return sorted(common & begin.keys()) + [CONTINUATION_PREFIX + c for c in sorted(common & inside.keys())]
+    # Ties are broken by the character, so that the result does not depend on the order of the texts.
+    frequent = {c for c, _ in sorted((begin + inside).items(), key=lambda item: (-item[1], item[0]))[:MAX_ALPHABET]}
+    return sorted(frequent & begin.keys()) + [CONTINUATION_PREFIX + c for c in sorted(frequent & inside.keys())]

@@ -76,7 +76,7 @@ def test_the_page_leads_from_hugging_face_to_hugging_face(here, monkeypatch, cap
     assert run(monkeypatch, preprocess) == 0
     out = capsys.readouterr().out
     assert "end of document: '<|im_end|>' (id 258), appended to each document" in out
-    assert "has '<|endoftext|>' (id 256), as base models end documents; --eod-token '<|endoftext|>' chooses it" in out
+    assert "(id 256), which base models use as end of document; --eod-token '<|endoftext|>' chooses it" in out
     assert "special tokens in the text: 1000 (<|im_end|> 1000), kept as ids" in out
     other = ["--eod-token", "<|endoftext|>", "--special-tokens-in-text", "plain"]
     assert run(monkeypatch, [*preprocess, *other]) == 0

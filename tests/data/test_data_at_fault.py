@@ -72,7 +72,7 @@ def test_a_file_that_changes_while_it_is_read(tmp_path, how, read_ahead):
         with path.open("r+b") as file:
             file.write(bytes(4)) if how == "rewritten" else file.truncate(8)
         os.utime(path, ns=(1, time.time_ns() + 10**9))
-    with pytest.raises(DataError, match=r"a\.bin: it (was changed or replaced|is gone) while it is being read"):
+    with pytest.raises(DataError, match=r"a\.bin: it (was changed or replaced|disappeared) while it was being read"):
         for _ in range(10):
             batches.next_batches(2)
 

@@ -126,7 +126,7 @@ def test_where_there_is_no_plain_text(files: Path, tmp_path: Path) -> None:
     unigram.save(str(tmp_path / "tokenizer.json"))
     word = TokenizerConfig("HuggingFaceTokenizer", tokenizer_model=str(tmp_path / "tokenizer.json"))
     numbers = TokenizerConfig("NullTokenizer", vocab_size=9)
-    for tokenizer, words in ((symbols, "itself finds '<mask>'"), (word, "of '</s>' in a text"), (numbers, "ids already")):
+    for tokenizer, words in ((symbols, "itself finds '<mask>'"), (word, "turns '</s>' in a text"), (numbers, "ids already")):
         with pytest.raises(DataError, match=rf"--special-tokens-in-text plain: .*{words}"):
             documents(files, tmp_path, tokenizer, plain_special_tokens=True)
 
@@ -152,7 +152,7 @@ def test_tokenizers_that_differ_in_special_tokens(files: Path, tmp_path: Path) -
         merge_datasets([first.prefix, dataset.prefix], str(tmp_path / "m"))
     tokenizer, data = build_tokenizer(own), DataSettings(data_path=(dataset.prefix,))
     settings, lines = adopt_dataset_roles(data, own, tokenizer)
-    assert settings.eod_token == "5" and tokenizer.eod == 5 and "'<EOD>' (id 5), as --eod-token said" in lines[0]
+    assert settings.eod_token == "5" and tokenizer.eod == 5 and "'<EOD>' (id 5), as chosen by --eod-token" in lines[0]
     check_tokenizer(dataset, tokenizer)
     tokenizer = build_tokenizer(config(kind, files, eod_token="4"))
     assert adopt_dataset_roles(data, config(kind, files, eod_token="4"), tokenizer)[1] == [] and tokenizer.eod == 4
@@ -190,5 +190,5 @@ def test_foreign_ids_without_a_sidecar(place: int, tmp_path: Path, monkeypatch: 
 )
 def test_a_directory_with_an_older_form(name: str, kind: str, tmp_path: Path) -> None:
     (tmp_path / name).touch()
-    with pytest.raises(DataError, match=rf"holds no tokenizer\.json but an older form: give --tokenizer-type {kind}.*{name}"):
+    with pytest.raises(DataError, match=rf"has no tokenizer\.json but an older form: give --tokenizer-type {kind}.*{name}"):
         build_tokenizer(TokenizerConfig("HuggingFaceTokenizer", tokenizer_model=str(tmp_path)))
