@@ -25,7 +25,7 @@ from megatron.config.tokenizer import TOKENIZER_FILES
 from megatron.data.errors import DataError
 from megatron.data.indexed import IndexedDataset
 from megatron.data.matching import adopt_dataset_roles, check_tokenizer
-from megatron.data.mock import MADE_UP
+from megatron.data.mock import MOCK_DATA_NOTE
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 
 GPT2_VOCAB_SIZE = 50257  # tokens; a dry run assumes it if the type is GPT-2's tokenizer and the files are not named
@@ -133,7 +133,7 @@ def _inspect_datasets(config: RunConfig, tokenizer: Tokenizer | None, problems: 
             except DataError as error:
                 problems.append(Problem(flag_text(f"data.{name}", (prefix,)), f"cannot be opened: {error}"))
     if config.data.mock_data:
-        return [MADE_UP]
+        return [MOCK_DATA_NOTE]
     return lines or ["a run also needs --data-path"]
 
 

@@ -120,7 +120,7 @@ class BertDataset:
         self.rows: NDArray[np.int64] = arrays["rows"]  # [samples, 3]: first sentence, end, target length
         if not len(self.rows):
             raise DataError(
-                f"{indexed.prefix}: the {split} split holds {len(documents)} documents, none of which has {min_sentences} "
+                f"{indexed.prefix}: the {split} split has {len(documents)} documents, none of which has {min_sentences} "
                 "sentences of up to 512 tokens; preprocess the text with --split-sentences, or give the split a larger "
                 "share with --split"
             )

@@ -157,7 +157,7 @@ class DatasetBuilder:
             available = sum(map(len, datasets))
             if available < num_samples:
                 raise DataError(
-                    f"{num_samples} {split} samples wanted, but one epoch of these datasets has {available}; "
+                    f"{num_samples} {split} samples needed, but one epoch of these datasets has {available}; "
                     "give them weights (WEIGHT PREFIX WEIGHT PREFIX ...) to read them more than once"
                 )
             return BlendedDataset(datasets, *self.cached_order(prefixes[0], list(map(len, datasets)), num_samples))

@@ -13,7 +13,7 @@ from megatron.data.errors import DataError
 from megatron.data.packed import BLOCK_BYTES, DAMAGE_ERRORS, damaged_error, open_unpacked
 from megatron.files.regular import MAX_LINE_BYTES, error_reason, open_regular, open_stream, parse_json
 
-ARRAY_ERROR = "a JSON array, not JSON lines; write one object a line, as `jq -c '.[]' %s` does"
+ARRAY_ERROR = "a JSON array, not JSON lines; write one object per line, as `jq -c '.[]' %s` does"
 JSON_TYPES = ((bool, "true or false"), (str, "text"), (int | float, "a number"), (list, "a list"), (dict, "an object"))
 
 
@@ -80,7 +80,7 @@ def read_blocks(files: Sequence[str], *, pipes: bool = False) -> Iterator[list[L
                 number += 1
                 if len(text) > MAX_LINE_BYTES:
                     limit = f"{MAX_LINE_BYTES:,} bytes"
-                    array = f"; if it is a JSON array, write one object a line, as `jq -c '.[]' {file}` does"
+                    array = f"; if it is a JSON array, write one object per line, as `jq -c '.[]' {file}` does"
                     raise DataError(f"{file}:{number}: a line of more than {limit}; cut it into several documents{array}")
                 if text.strip():
                     block.append(Line(file, number, text))
@@ -98,7 +98,7 @@ def check_keys(keys: Sequence[str]) -> None:
         if not key:
             raise DataError("--json-keys: a key is empty; name keys of the JSON objects, such as text")
         if keys.count(key) > 1:
-            raise DataError(f"--json-keys {' '.join(keys)}: {key} stands there {keys.count(key)} times; name each key once")
+            raise DataError(f"--json-keys {' '.join(keys)}: {key} is given {keys.count(key)} times; give each key once")
 
 
 def parse_line(line: Line, keys: Sequence[str], advice: str = "; choose with --json-keys") -> list[str]:
@@ -122,7 +122,7 @@ def parse_line(line: Line, keys: Sequence[str], advice: str = "; choose with --j
         if line.number == 1 and line.text.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
             raise BadLine(f"{where}: {ARRAY_ERROR % line.file}") from error
         raise BadLine(
-            f"{where}: not JSON ({error}); the input must be JSON lines, one object a line such as "
+            f"{where}: not JSON ({error}); the input must be JSON lines, one object per line such as "
             f'{{"{keys[0]}": "..."}}, plain text is not accepted'
         ) from error
     if isinstance(document, list):
@@ -141,11 +141,11 @@ def _text(document: dict[str, Any], key: str, where: str, advice: str) -> str:
         raise BadLine(f"{where}: no key {key!r} (the keys are: {keys}){parent_advice or advice}")
     text = document[key]
     if not isinstance(text, str):
-        raise BadLine(f"{where}: the value of {key!r} is no text but {json_type_name(text)}")
+        raise BadLine(f"{where}: the value of {key!r} is not text but {json_type_name(text)}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise BadLine(f"{where}: the text of {key!r} holds half of a surrogate pair ({error.reason})") from error
+        raise BadLine(f"{where}: the text of {key!r} contains half of a surrogate pair ({error.reason})") from error
     return text
 
 

@@ -1,6 +1,6 @@
 """Cut long texts into parts whose tokens, concatenated, are the tokens of the whole text.
 
-Tokenizers need a hundred bytes and more of memory for each character that they are given at once. A `Seam` is made for one
+Tokenizers need at least a hundred bytes of memory for each character that they are given at once. A `Seam` is made for one
 tokenizer and decides whether a text can be cut at a given place. If a tokenizer has no seam, or a text no such place, the text
 stays whole.
 """

@@ -41,7 +41,7 @@ class PreprocessConfig:
         append_eod: end each document with the end-of-document token.
         plain_special_tokens: tokenize special tokens in texts like any other text.
         split_sentences: make each sentence a sequence.
-        keep_newlines: keep the white space after a sentence in its text.
+        keep_newlines: keep the white space after each sentence as part of it.
         skip_bad_lines: skip invalid lines instead of raising a DataError.
     """
 
@@ -123,7 +123,7 @@ class Encoder:
     def _reject(self, line: Line, error: BadLine, bad: list[tuple[str, bytes]]) -> None:
         """Add a line to the skipped ones; DataError unless `skip_bad_lines` is set."""
         if not self.settings.skip_bad_lines:
-            raise DataError(f"{error}; --on-bad-line=skip goes on without such lines") from error
+            raise DataError(f"{error}; --on-bad-line=skip skips such lines") from error
         bad.append((str(error), line.text))
 
     def column(self, texts: Sequence[str]) -> TokenColumn:

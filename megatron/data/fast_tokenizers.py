@@ -68,7 +68,7 @@ class FastTokenizer(Tokenizer):
         for token, number in self.special_in_text.items():
             if token != unknown and number in self.tokenize(token):
                 raise DataError(
-                    f"--special-tokens-in-text plain: {self.kind} cannot do it with this vocabulary: its model turns "
+                    f"--special-tokens-in-text plain: {self.kind} cannot do that with this vocabulary: its model turns "
                     f"{token!r} in a text into its id; remove it from the texts, or leave the flag out"
                 )
 

@@ -81,7 +81,7 @@ class GPTDataset:
             arrays = build() if cache is None or not sequences else cache.get(indexed.prefix, key, build, indexed.idx_path)
         except DataError as error:
             raise DataError(
-                f"{indexed.prefix}: the {split} split holds {len(sequences)} of {len(indexed)} documents, with no tokens "
+                f"{indexed.prefix}: the {split} split has {len(sequences)} of {len(indexed)} documents, with no tokens "
                 f"to make {'any' if num_samples is None else num_samples} samples of {seq_length} tokens from; give it a "
                 "larger share with --split, more data, or ask for no samples (--eval-iters 0)"
             ) from error

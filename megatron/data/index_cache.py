@@ -57,31 +57,31 @@ class IndexCache:
         """
         log = logging.getLogger(__name__)
         folder = self.folder(prefix)
-        about: dict[str, object] = {"version": VERSION, **key}
+        settings: dict[str, object] = {"version": VERSION, **key}
         stamp: dict[str, object] = {}
         if source is not None:
             stat = os.stat(source)
-            about["source"] = os.path.realpath(source)
+            settings["source"] = os.path.realpath(source)
             stamp = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-        folder /= json_digest({"source": about.get("source")})  # a directory per dataset
-        place = folder / json_digest({**about, **stamp})  # with a directory per key
-        found = load_arrays(place)
+        folder /= json_digest({"source": settings.get("source")})  # a directory per dataset
+        index_folder = folder / json_digest({**settings, **stamp})  # with a directory per key
+        found = load_arrays(index_folder)
         if found is not None:
-            log.info("%s: index from cache %s", prefix, place)
+            log.info("%s: index from cache %s", prefix, index_folder)
             return found
         arrays: Arrays | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with file_lock(folder / f".{place.name}.lock", self.timeout):
-                found = load_arrays(place)  # again, since another process may have built it meanwhile
+            with file_lock(folder / f".{index_folder.name}.lock", self.timeout):
+                found = load_arrays(index_folder)  # again, since another process may have built it meanwhile
                 if found is not None:
-                    log.info("%s: index from cache %s, built by another process", prefix, place)
+                    log.info("%s: index from cache %s, built by another process", prefix, index_folder)
                     return found
                 if any(source_changed(other, stamp) for other in folder.glob("*/about.json")):
-                    log.warning("%s changed since an index of it was built; building anew", source)
+                    log.warning("%s changed since an index of it was built; rebuilding it", source)
                 arrays = build()
-                write_arrays(arrays, place, {**about, **stamp})
-                return load_arrays(place) or arrays
+                write_arrays(arrays, index_folder, {**settings, **stamp})
+                return load_arrays(index_folder) or arrays
         except OSError as error:  # a full or read-only disk, or the timeout of the lock
             log.warning("no index cache in %s (%s); every process builds its index in memory", folder, error)
             return build() if arrays is None else arrays
@@ -92,15 +92,15 @@ def json_digest(value: dict[str, object]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def load_arrays(place: Path) -> Arrays | None:
+def load_arrays(index_folder: Path) -> Arrays | None:
     """Return the arrays in a directory, memory-mapped; None if some are missing or are not integer arrays."""
     try:
-        about = read_json(place / "about.json")
+        about = read_json(index_folder / "about.json")
         shapes = {name: tuple(shape) for name, shape in about["arrays"].items() if name.isidentifier()}
         # Mapped even if small, so that a damaged header cannot make this process allocate memory.
         for name in shapes:
-            check_regular(place / f"{name}.npy")
-        arrays = {name: np.load(place / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in shapes}
+            check_regular(index_folder / f"{name}.npy")
+        arrays = {name: np.load(index_folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in shapes}
         for name, array in arrays.items():
             if not isinstance(array, np.memmap) or array.shape != shapes[name] or array.dtype.kind not in "iu":
                 return None
@@ -112,50 +112,50 @@ def load_arrays(place: Path) -> Arrays | None:
         return None
 
 
-def source_changed(about: Path, stamp: dict[str, object]) -> bool:
+def source_changed(about_file: Path, stamp: dict[str, object]) -> bool:
     """Return whether a stored index was built from a file with another size or modification time.
 
     Args:
-        about: the index's about.json.
+        about_file: the index's about.json.
         stamp: the file's size and modification time now.
     """
     try:
-        stored = read_json(about)
+        stored = read_json(about_file)
         return any(stored[name] != value for name, value in stamp.items())
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def write_arrays(arrays: Arrays, place: Path, about: dict[str, object]) -> None:
-    """Write arrays to a temporary directory, then rename it to its place.
+def write_arrays(arrays: Arrays, index_folder: Path, settings: dict[str, object]) -> None:
+    """Write arrays to a temporary directory, then rename it.
 
     Args:
         arrays: the arrays by name.
-        place: directory of the finished index.
-        about: settings to store with it.
+        index_folder: directory of the finished index.
+        settings: settings to store with it, in its about.json.
     """
-    temporary = place.with_name(f"{place.name}.{os.getpid()}.tmp")
-    remove_stale_builds(place)
+    temporary = index_folder.with_name(f"{index_folder.name}.{os.getpid()}.tmp")
+    remove_stale_builds(index_folder)
     try:
         temporary.mkdir()
         shapes = {name: list(array.shape) for name, array in arrays.items()}
-        (temporary / "about.json").write_text(json.dumps({**about, "arrays": shapes}, indent=1) + "\n", encoding="utf-8")
+        (temporary / "about.json").write_text(json.dumps({**settings, "arrays": shapes}, indent=1) + "\n", encoding="utf-8")
         for name, array in arrays.items():
             np.save(temporary / f"{name}.npy", array, allow_pickle=False)
-        if place.exists():
-            shutil.rmtree(place)  # damaged, since it could not be loaded
-        os.rename(temporary, place)
+        if index_folder.exists():
+            shutil.rmtree(index_folder)  # damaged, since it could not be loaded
+        os.rename(temporary, index_folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def remove_stale_builds(place: Path) -> None:
+def remove_stale_builds(index_folder: Path) -> None:
     """Remove temporary directories of killed builders: of this index, whose lock the caller holds, and of unlocked ones."""
-    for left_over in place.parent.glob("*.*.tmp"):
+    for left_over in index_folder.parent.glob("*.*.tmp"):
         name = left_over.name.split(".")[0]
         with contextlib.suppress(OSError), contextlib.ExitStack() as held:
-            if name != place.name:
-                held.enter_context(file_lock(place.parent / f".{name}.lock", 0.0))
+            if name != index_folder.name:
+                held.enter_context(file_lock(index_folder.parent / f".{name}.lock", 0.0))
             shutil.rmtree(left_over, ignore_errors=True)
 
 

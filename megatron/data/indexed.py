@@ -219,12 +219,12 @@ class IndexedDataset:
             if meta.get(name, value) != value:
                 raise DataError(
                     f"{self.prefix}.meta.json: it is of a dataset with {name} {meta[name]!r}, {self.idx_path} has {value}; "
-                    "bring back the files that belong together, or delete it if .bin and .idx do"
+                    "restore the files that belong together, or delete it if .bin and .idx do"
                 )
         if (ends := meta.get("bin_ends_sha256")) is not None and ends != ends_digest(self.bin_path):
             raise DataError(
                 f"{self.bin_path}: it has other tokens than the file that {self.prefix}.meta.json was written with; "
-                f"bring back the files that belong together, or delete {self.prefix}.meta.json if .bin and .idx do"
+                f"restore the files that belong together, or delete {self.prefix}.meta.json if .bin and .idx do"
             )
 
     def check_unchanged(self) -> None:

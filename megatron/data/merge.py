@@ -44,7 +44,7 @@ def merge_datasets(prefixes: Sequence[str], output_prefix: str) -> IndexedDatase
             for digest, n in by_digest.items()
         )
         if len({metas[n].get("vocabulary_digest", n) for n in by_digest.values()}) == 1:
-            kinds += "; they differ in special tokens alone"
+            kinds += "; they differ only in special tokens"
         raise DataError(f"these datasets were made by different tokenizers: {kinds}")
     with IndexedWriter(output_prefix, datasets[0].dtype) as writer:
         for dataset in datasets:

@@ -18,7 +18,7 @@ from megatron.data.errors import DataError
 from megatron.data.gpt import SPLITS, Sample, SampleSource
 from megatron.data.tokenizer_base import Tokenizer
 
-MADE_UP = "the data are made up, as --mock-data asks: the losses say nothing of a corpus"
+MOCK_DATA_NOTE = "the data are synthetic, as --mock-data asks, so the losses say nothing about a corpus"
 MAX_WORDS = 128  # words on the circle; few enough for each of them to occur often in a short run
 STEPS = np.array([1, -1, 2, -2, 3])  # steps along the circle from a word to the next one
 SHARES = np.array([0.5, 0.25, 0.125, 0.0625, 0.0625])  # probabilities of these steps
@@ -41,7 +41,7 @@ class MockText:
     def __init__(self, vocab_size: int, special: Collection[int], seed: int) -> None:
         ids = np.setdiff1d(np.arange(vocab_size), np.array(sorted(special), dtype=np.int64))
         if not len(ids):
-            raise DataError(f"--mock-data finds no words: all {vocab_size} ids of the tokenizer are special tokens")
+            raise DataError(f"--mock-data has no ids for words: all {vocab_size} ids of the tokenizer are special tokens")
         chosen = np.linspace(0, len(ids) - 1, min(MAX_WORDS, len(ids))).astype(np.int64)
         self.seed = seed % SEEDS
         self.words: NDArray[np.int64] = np.random.RandomState(self.seed).permutation(ids[chosen])
@@ -139,6 +139,6 @@ def bert_roles(tokenizer: Tokenizer) -> Mapping[str, int]:
     for role in ("cls", "sep", "mask", "pad"):
         if role not in roles:
             if (number := next(free, None)) is None:
-                raise DataError(f"--mock-data finds no id for {role}: the tokenizer has only {tokenizer.vocab_size}")
+                raise DataError(f"--mock-data has no id for {role}: the tokenizer has only {tokenizer.vocab_size}")
             roles[role] = number
     return roles

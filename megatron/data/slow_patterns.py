@@ -75,7 +75,7 @@ def panics_as_data_errors(name: str) -> Iterator[None]:
 
 @contextmanager
 def failures_as_data_errors(name: str) -> Iterator[None]:
-    """Turn panics and plain Exceptions of the package, as for a text with an unknown token, into a DataError."""
+    """Turn panics and plain Exceptions of the package into a DataError; it raises them for unknown characters, for example."""
     try:
         with panics_as_data_errors(name):
             yield

@@ -20,9 +20,9 @@ MAX_LISTED = 8  # tokens that a message lists
 
 def choose_tokens(tokenizer: Tokenizer, config: TokenizerConfig) -> Tokenizer:
     """Give the roles eod and bos to the tokens of `--eod-token` and `--bos-token`; DataError if there is no such token."""
-    for role, wanted in (("eod", config.eod_token), ("bos", config.bos_token)):
-        if wanted is not None:
-            tokenizer.choose(role, find_token(tokenizer, ROLE_FLAGS[role], wanted))
+    for role, token in (("eod", config.eod_token), ("bos", config.bos_token)):
+        if token is not None:
+            tokenizer.choose(role, find_token(tokenizer, ROLE_FLAGS[role], token))
     return tokenizer
 
 
@@ -109,7 +109,7 @@ def describe_special_tokens(tokenizer: Tokenizer, counts: Mapping[str, int], *, 
         plain: whether they were tokenized as plain text.
     """
     if not tokenizer.special_in_text:
-        return f"special tokens in the text: {tokenizer.kind} has none there, everything is plain text"
+        return f"special tokens in the text: {tokenizer.kind} recognizes none, so everything is plain text"
     if not counts:
         return "special tokens in the text: none"
     by_count = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))

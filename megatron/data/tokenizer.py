@@ -102,7 +102,7 @@ class NullTokenizer(Tokenizer):
 
     def read_special_as_text(self) -> None:
         """Raise a DataError, since the texts consist of ids."""
-        raise DataError("--special-tokens-in-text plain: the text of a NullTokenizer is ids already, none of which is text")
+        raise DataError("--special-tokens-in-text plain: NullTokenizer's texts consist of ids, which cannot be read as text")
 
     @cached_property
     def seam(self) -> Seam | None:
@@ -190,9 +190,9 @@ def saved_settings(directory: str | os.PathLike[str]) -> TokenizerConfig:
 def _read_saved(folder: Path) -> tuple[TokenizerConfig, object]:
     """Return the settings of a saved tokenizer, and its digest."""
     try:
-        about = parse_json(read_tokenizer_file(str(folder / SAVED), "tokenizer"))
-        kind, size, extra, digest = about["type"], about["vocab_size"], about["extra_ids"], about["digest"]
-        chosen = about.get("chosen", {})
+        saved = parse_json(read_tokenizer_file(str(folder / SAVED), "tokenizer"))
+        kind, size, extra, digest = saved["type"], saved["vocab_size"], saved["extra_ids"], saved["digest"]
+        chosen = saved.get("chosen", {})
         if not (isinstance(kind, str) and type(size) is int and type(extra) is int and 0 <= extra <= min(size, MAX_EXTRA_IDS)):
             raise ValueError("its type, vocab_size or extra_ids is invalid")
         if not all(role in ROLE_FLAGS and type(number) is int for role, number in chosen.items()):

@@ -24,7 +24,7 @@ SAVED = "megatron_tokenizer.json"  # the file with a saved tokenizer's settings
 
 
 class HugeIdError(DataError):
-    """A token's id exceeds MAX_TOKENS; loops over all ids of such a tokenizer would not end."""
+    """A token's id exceeds MAX_TOKENS. Such a tokenizer cannot be saved either, since saving iterates over all smaller ids."""
 
 
 class Tokenizer(ABC):

@@ -19,7 +19,7 @@ from megatron.data.build import build_datasets
 from megatron.data.gpt import SampleSource
 from megatron.data.loader import Collate, MicroBatchLoader
 from megatron.data.matching import adopt_dataset_roles
-from megatron.data.mock import MADE_UP
+from megatron.data.mock import MOCK_DATA_NOTE
 from megatron.data.order import order_differs, order_marks
 from megatron.data.recipe import build_recipe
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
@@ -182,7 +182,7 @@ def prepare_pretraining(parsed: Parsed, watch: Watchdog) -> Prepared:
         recipe = build_recipe(config.model, config.data, config.batch.seed, tokenizer)
         datasets = build_datasets(config.data, config.batch.seed, sample_counts(config), tokenizer, recipe.make, recipe.mock)
         if config.data.mock_data:
-            notes += (MADE_UP,)
+            notes += (MOCK_DATA_NOTE,)
     if datasets[0] is None and not config.eval.skip_train:
         raise InputError(
             "there is nothing to train on: give --split a share for training, or --train-data-path; --skip-train only evaluates"

@@ -327,12 +327,10 @@ def test_an_id_beyond_the_vocabulary_is_named(tmp_path: Path, tokenizer, monkeyp
 
 def test_splits_without_samples_are_refused(tmp_path: Path, tokenizer) -> None:
     lonely = write_corpus(tmp_path / "lonely", [[np.arange(5, 12)]] * 9)
-    with pytest.raises(
-        DataError, match=r"lonely: the training split holds 9 documents, none of which has 2 sentences of up to"
-    ):
+    with pytest.raises(DataError, match=r"lonely: the training split has 9 documents, none of which has 2 sentences of up to"):
         build_bert_dataset(tokenizer, lonely)
     assert len(build_bert_dataset(tokenizer, lonely, model=replace(BERT, bert_binary_head=False))[0]) >= 200
-    with pytest.raises(DataError, match=r"the validation split holds 0 documents.*--split"):
+    with pytest.raises(DataError, match=r"the validation split has 0 documents.*--split"):
         build_bert_dataset(tokenizer, corpus(tmp_path), wanted=(10, 10, 0), split="1000000,1,0")
     with pytest.raises(DataError, match="ByteTokenizer has no cls token"):
         build_recipe(BERT, DataConfig(seq_length=32), 1, ByteTokenizer())

@@ -157,9 +157,9 @@ def test_plain_text_in_utf_16(tmp_path: Path) -> None:
 
 
 def test_numbers_of_any_size_are_json(tmp_path: Path) -> None:
-    """But a number is no text."""
+    """But a number is not text."""
     assert preprocess_beside(write_corpus_file(tmp_path, '{"text": "ab", "id": ' + "7" * 5000 + "}\n")).tokens == 2
-    with pytest.raises(DataError, match="'text' is no text but a number"):
+    with pytest.raises(DataError, match="'text' is not text but a number"):
         preprocess_beside(write_corpus_file(tmp_path, '{"text": ' + "7" * 5000 + "}\n"))
 
 
@@ -244,9 +244,9 @@ def test_documents_without_a_token(tmp_path: Path) -> None:
 def test_a_key_is_named_once(tmp_path: Path) -> None:
     file = write_corpus_file(tmp_path, LINES)
     for keys in (("text", "text"), ("a", "text", "a")):
-        with pytest.raises(DataError, match=r"--json-keys .* stands there 2 times"):
+        with pytest.raises(DataError, match=r"--json-keys .* is given 2 times"):
             preprocess_beside(file, keys=keys)
-        with pytest.raises(DataError, match=r"--json-keys .* stands there 2 times"):
+        with pytest.raises(DataError, match=r"--json-keys .* is given 2 times"):
             train_bpe([str(file)], keys, 300, str(tmp_path / "t"))
 
 
@@ -257,5 +257,5 @@ def test_the_tool_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "end of document: 'Ċ' (id 10), appended to each document"
     assert out[1] == "first token: 'Ā' (id 0), put before each document"
-    assert out[2] == "special tokens in the text: ByteTokenizer has none there, everything is plain text"
+    assert out[2] == "special tokens in the text: ByteTokenizer recognizes none, so everything is plain text"
     assert IndexedDataset(str(tmp_path / "o_text_document"))[0].tolist() == [0, *b"document 0", 10]

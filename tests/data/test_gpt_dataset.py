@@ -125,7 +125,7 @@ def test_empty_split_is_an_error_at_once(corpora: Path) -> None:
     """Megatron-Core hangs here."""
     data = DataConfig(data_path=(str(corpora / "p0"),), split="1000000,1,0", seq_length=4)
     start = time.monotonic()
-    with pytest.raises(DataError, match=r"validation split holds 0 of \d+ documents.*--split"):
+    with pytest.raises(DataError, match=r"validation split has 0 of \d+ documents.*--split"):
         build_datasets(data, 1, (10, 10, 0))
     assert time.monotonic() - start < 60
     training, validation, test = build_datasets(data, 1, (10, 0, 0))
@@ -134,7 +134,7 @@ def test_empty_split_is_an_error_at_once(corpora: Path) -> None:
 
 def test_blend_without_weights_cannot_repeat(corpora: Path) -> None:
     data = DataConfig(data_path=(str(corpora / "p0"), str(corpora / "p2")), split="1", seq_length=4)
-    with pytest.raises(DataError, match="100000 training samples wanted, but one epoch"):
+    with pytest.raises(DataError, match="100000 training samples needed, but one epoch"):
         build_datasets(data, 1, (100000, 0, 0))
 
 

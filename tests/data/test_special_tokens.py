@@ -126,7 +126,7 @@ def test_where_there_is_no_plain_text(files: Path, tmp_path: Path) -> None:
     unigram.save(str(tmp_path / "tokenizer.json"))
     word = TokenizerConfig("HuggingFaceTokenizer", tokenizer_model=str(tmp_path / "tokenizer.json"))
     numbers = TokenizerConfig("NullTokenizer", vocab_size=9)
-    for tokenizer, words in ((symbols, "itself finds '<mask>'"), (word, "turns '</s>' in a text"), (numbers, "ids already")):
+    for tokenizer, words in ((symbols, "itself finds '<mask>'"), (word, "turns '</s>' in a text"), (numbers, "consist of ids")):
         with pytest.raises(DataError, match=rf"--special-tokens-in-text plain: .*{words}"):
             documents(files, tmp_path, tokenizer, plain_special_tokens=True)
 
@@ -148,7 +148,7 @@ def test_tokenizers_that_differ_in_special_tokens(files: Path, tmp_path: Path) -
         check_tokenizer(dataset, build_tokenizer(config(kind, tmp_path)))
     (tmp_path / "other").mkdir()
     first, (dataset, _) = dataset, documents(files, tmp_path / "other", other)
-    with pytest.raises(DataError, match=r"end of document 4\).*end of document 5\); they differ in special tokens alone"):
+    with pytest.raises(DataError, match=r"end of document 4\).*end of document 5\); they differ only in special tokens"):
         merge_datasets([first.prefix, dataset.prefix], str(tmp_path / "m"))
     tokenizer, data = build_tokenizer(own), DataSettings(data_path=(dataset.prefix,))
     settings, lines = adopt_dataset_roles(data, own, tokenizer)

@@ -264,7 +264,7 @@ def refused(whole, task, files, error=DataError, **options):
         ("LAMBADA", b"", "there is no text in it"),
         ("LAMBADA", b'{"text": "a b"}\nhello', ":2: not JSON"),
         ("LAMBADA", b'{"txt": "a b"}', ":1: no key 'text' (the keys are: 'txt')"),
-        ("LAMBADA", b'{"text": 5}', ":1: the value of 'text' is no text but a number"),
+        ("LAMBADA", b'{"text": 5}', ":1: the value of 'text' is not text but a number"),
         ("LAMBADA", b'{"text": "a b"}\n{"text": "a"}', ":2: the text has 1 tokens"),
         ("LAMBADA", b'{"text": "a b"}\n{"text": ""}', ":2: the text has 0 tokens"),
     ],

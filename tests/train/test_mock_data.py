@@ -23,7 +23,7 @@ TINY = (
     "--mock-data --tokenizer-type NullTokenizer --vocab-size 300 --split 80,10,10"
 )
 FLAGS = TINY.split()
-MADE_UP = "the data are made up, as --mock-data asks: the losses say nothing of a corpus"
+MOCK_DATA_NOTE = "the data are synthetic, as --mock-data asks, so the losses say nothing about a corpus"
 
 
 def run(*flags, model: str = "gpt") -> int:
@@ -52,7 +52,7 @@ def test_a_run_without_a_file_resumes_exactly(model, tmp_path, capsys):
     left_out = ["--iterations-to-skip", 2, 5, "--save-interval", 100]
     assert run("--save", whole, *left_out, model=model) == Exit.FINISHED
     out = capsys.readouterr().out
-    assert out.count(MADE_UP) == 1
+    assert out.count(MOCK_DATA_NOTE) == 1
     assert run("--save", split, *left_out, "--auto-resume", "--exit-interval", 3, model=model) == Exit.STOPPED
     assert run("--save", split, *left_out, "--auto-resume", model=model) == Exit.FINISHED
     assert metrics(split) == metrics(whole)
@@ -116,4 +116,4 @@ def test_a_dry_run_says_that_the_data_are_made_up(capsys):
     wide = ["--dry-run", "--world-size", 4, "--tensor-model-parallel-size", 2]
     assert run(*wide) == 0
     out = capsys.readouterr().out
-    assert MADE_UP in out and "mock-data = true" in out and "a run also needs" not in out
+    assert MOCK_DATA_NOTE in out and "mock-data = true" in out and "a run also needs" not in out
