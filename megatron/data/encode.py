@@ -171,7 +171,8 @@ class Encoder:
 
     def append(self, parts: Sequence[tuple[int, int, str]], column: ColumnBuilder) -> None:
         """Tokenize parts of texts and append their tokens; DataError if an id is not below the tokenizer's vocabulary size."""
-        for (document, sequence, _), ids in zip(parts, self.tokenizer.tokenize_many([p[2] for p in parts]), strict=True):
+        texts = [text for _, _, text in parts]
+        for (document, sequence, _), ids in zip(parts, self.tokenizer.tokenize_many(texts), strict=True):
             if ids and max(ids) >= self.tokenizer.vocab_size:
                 raise DataError(f"the tokenizer gave id {max(ids)}, but has {self.tokenizer.vocab_size} ids")
             column.append(document, sequence, ids)

@@ -64,24 +64,28 @@ class FastSeam(Seam):
     def __init__(self, backend: Backend) -> None:
         self._normalizer, self._splitter = backend.normalizer, backend.pre_tokenizer
         added = backend.get_added_tokens_decoder().values()
-        self._raw = TokenFinder(token.content for token in added if not token.normalized)
+        self._raw_tokens = TokenFinder(token.content for token in added if not token.normalized)
         # Normalizing a token may put a space before it, which is in a text only where a normalized part begins.
-        self._normal = TokenFinder(self._normalize(token.content).strip(f" {SPACE}") for token in added if token.normalized)
-        self.context = max(self.context, self._raw.longest + 2, self._normal.longest + 2)
+        self._normalized_tokens = TokenFinder(
+            self._normalize(token.content).strip(f" {SPACE}") for token in added if token.normalized
+        )
+        self.context = max(self.context, self._raw_tokens.longest + 2, self._normalized_tokens.longest + 2)
         self._backend = backend
-        first = next(component_steps(self._splitter), {"type": None})
-        self._drops_spaces = first["type"] in ("BertPreTokenizer", "Whitespace", "WhitespaceSplit")
+        first_step = next(component_steps(self._splitter), {"type": None})
+        self._drops_spaces = first_step["type"] in ("BertPreTokenizer", "Whitespace", "WhitespaceSplit")
 
     def judge(self, left: str, right: str) -> int | None:
         """Allow a cut where no added token is near and both sides, split alone, have the words of the whole text."""
-        whole, before = self._normalize(left + right), self._normalize(left)
-        if self._raw(left + right) or self._normal(whole) or not self._separates(before, whole):
+        normalized, normalized_left = self._normalize(left + right), self._normalize(left)
+        has_token = self._raw_tokens(left + right) or self._normalized_tokens(normalized)
+        if has_token or not self._ends_before_separator(normalized_left, normalized):
             return None
-        words, first = self._split(whole), self._split(before)
+        words, left_words = self._split(normalized), self._split(normalized_left)
         # First without leaving out a character, then with: the tokenizer itself may put a space before each text.
         for skipped in (0, 1) if right[0].isspace() else (0,):
-            after = self._normalize(right[skipped:])
-            if before + after == whole and self._same_words(words, first, self._split(after)):
+            normalized_right = self._normalize(right[skipped:])
+            is_same_text = normalized_left + normalized_right == normalized
+            if is_same_text and self._has_same_words(words, left_words, self._split(normalized_right)):
                 return skipped
         return None
 
@@ -99,43 +103,45 @@ class FastSeam(Seam):
     def _split(self, text: str) -> list[str]:
         return [text] if self._splitter is None else [word for word, _ in self._splitter.pre_tokenize_str(text)]
 
-    def _separates(self, before: str, whole: str) -> bool:
-        """Return whether the place is between a letter or digit and a separator in the normalized text, too."""
-        if not before or len(before) >= len(whole) or whole[len(before)] not in SEPARATORS:
+    def _ends_before_separator(self, left: str, text: str) -> bool:
+        """Return whether the left part of a normalized text ends with a letter or digit, and a separator follows it."""
+        if not left or len(left) >= len(text) or text[len(left)] not in SEPARATORS:
             return False
-        return before[-1].isalnum() or (self._drops_spaces and before[-1].isspace())
+        return left[-1].isalnum() or (self._drops_spaces and left[-1].isspace())
 
-    def _same_words(self, whole: list[str], first: list[str], second: list[str]) -> bool:
-        """Return whether both sides have the words of the whole; one word may be cut where no merge can cross."""
-        if whole == first + second:
+    def _has_same_words(self, words: list[str], left_words: list[str], right_words: list[str]) -> bool:
+        """Return whether both sides have the words of the whole text; one word may be cut where no merge can cross."""
+        if words == left_words + right_words:
             return True
-        if not first or not second or whole != [*first[:-1], first[-1] + second[0], *second[1:]]:
+        if not left_words or not right_words:
             return False
-        left, right = first[-1][-1], second[0][0]  # the two characters next to the cut
+        if words != [*left_words[:-1], left_words[-1] + right_words[0], *right_words[1:]]:
+            return False
+        left, right = left_words[-1][-1], right_words[0][0]  # the two characters next to the cut
         return left in self._vocabulary and right in self._vocabulary and left + right not in self._neighbours
 
 
 def fast_seam(backend: Backend) -> Seam | None:
     """Return the seam of a tokenizer, or None if one of its steps is not known to be local."""
     try:
-        known = all(map(_normalizes_locally, component_steps(backend.normalizer))) and _splits_locally(backend)
+        is_local = all(map(_normalizes_locally, component_steps(backend.normalizer))) and _splits_locally(backend)
     except Exception:  # steps written in Python cannot be described as JSON
         return None
     tokens = backend.get_added_tokens_decoder().values()
     has_blank = any(not token.content.strip(f" {SPACE}") for token in tokens if token.normalized)
     # A token of spaces alone may occur at any place for a cut, and a very long token exceeds the context.
-    if not known or has_blank or any(len(token.content) > MAX_PART // 8 for token in tokens):
+    if not is_local or has_blank or any(len(token.content) > MAX_PART // 8 for token in tokens):
         return None
     return FastSeam(backend)
 
 
 def component_steps(component: Any) -> Iterator[Mapping[str, Any]]:
     """Yield the steps of a normalizer or a pre-tokenizer as tokenizer.json describes them, in order."""
-    waiting = [] if component is None else [json.loads(component.__getstate__())]
-    while waiting:
-        step = waiting.pop(0)
+    pending = [] if component is None else [json.loads(component.__getstate__())]
+    while pending:
+        step = pending.pop(0)
         if step["type"] == "Sequence":
-            waiting = [*step.get("normalizers", step.get("pretokenizers")), *waiting]
+            pending = [*step.get("normalizers", step.get("pretokenizers")), *pending]
         else:
             yield step
 
@@ -147,10 +153,11 @@ def is_plain_bpe(model: Any) -> bool:
 
 
 def _normalizes_locally(step: Mapping[str, Any]) -> bool:
-    return step["type"] in LOCAL_NORMALIZERS or (step["type"] == "Replace" and _is_run(step["pattern"]))
+    return step["type"] in LOCAL_NORMALIZERS or (step["type"] == "Replace" and _is_class_run(step["pattern"]))
 
 
-def _is_run(pattern: Mapping[str, str]) -> bool:
+def _is_class_run(pattern: Mapping[str, str]) -> bool:
+    """Return whether a pattern is one character, or matches one class of characters, alone or repeated."""
     return len(pattern.get("String", "")) == 1 or RUN.fullmatch(pattern.get("Regex", "")) is not None
 
 
@@ -164,7 +171,7 @@ def _splits_locally(backend: Backend) -> bool:
         expressions = _expressions(step)
         if WHITE_SPACE in expressions and expressions & PUNCTUATION_PATTERNS and expressions <= KNOWN_PATTERNS:
             return True
-        is_local = expressions and (expressions <= KNOWN_PATTERNS or _is_run(step["pattern"]))
+        is_local = expressions and (expressions <= KNOWN_PATTERNS or _is_class_run(step["pattern"]))
         if step["type"] not in LOCAL_SPLITTERS and not is_local:
             return False
     return True

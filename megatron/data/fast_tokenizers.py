@@ -59,14 +59,14 @@ class FastTokenizer(Tokenizer):
     def special_in_text(self) -> Mapping[str, int]:
         """Ids of the added tokens that are special, by their text."""
         added = self._backend.get_added_tokens_decoder()
-        return {token.content: number for number, token in added.items() if token.special}
+        return {token.content: token_id for token_id, token in added.items() if token.special}
 
     def read_special_as_text(self) -> None:
         """Tokenize special tokens in texts like any other text; DataError if the model itself still produces their ids."""
         self._backend.encode_special_tokens = True
         unknown = getattr(self._backend.model, "unk_token", None)
-        for token, number in self.special_in_text.items():
-            if token != unknown and number in self.tokenize(token):
+        for token, token_id in self.special_in_text.items():
+            if token != unknown and token_id in self.tokenize(token):
                 raise DataError(
                     f"--special-tokens-in-text plain: {self.kind} cannot do that with this vocabulary: its model turns "
                     f"{token!r} in a text into its id; remove it from the texts, or leave the flag out"
@@ -77,9 +77,9 @@ class FastTokenizer(Tokenizer):
         with failures_as_data_errors(self.kind):
             return str(self._backend.decode(list(ids), skip_special_tokens=False))
 
-    def piece(self, number: int) -> str:
+    def piece(self, token_id: int) -> str:
         """Return the token with this id; "" if there is none."""
-        return str(self._backend.id_to_token(number) or "")
+        return str(self._backend.id_to_token(token_id) or "")
 
     def backend(self) -> Backend:
         """Return the tokenizer of the `tokenizers` package."""
@@ -119,7 +119,7 @@ def read_word_pieces(vocab_file: str, flag: str) -> dict[str, int]:
         words = read_tokenizer_file(vocab_file, flag).decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{vocab_file} is not a vocab.txt of BERT: {error}") from error
-    vocab = {word.rstrip("\r"): number for number, word in enumerate(words[:-1] if words[-1] == "" else words)}
+    vocab = {word.rstrip("\r"): token_id for token_id, word in enumerate(words[:-1] if words[-1] == "" else words)}
     missing = [t for t in ("[CLS]", "[SEP]", "[PAD]", "[MASK]", "[UNK]") if t not in vocab]
     if missing:
         raise DataError(f"{vocab_file} is not a vocab.txt of BERT: it lacks {', '.join(missing)}")
@@ -229,12 +229,12 @@ class HuggingFaceTokenizer(FastTokenizer):
         special: dict[str, int] = {}
         for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"):
             entry = self._config.get(f"{role}_token")
-            number = backend.token_to_id(str(entry.get("content") if isinstance(entry, dict) else entry)) if entry else None
-            if number is not None:
-                special[role] = number
+            token_id = backend.token_to_id(str(entry.get("content") if isinstance(entry, dict) else entry)) if entry else None
+            if token_id is not None:
+                special[role] = token_id
         # The end-of-sequence token ends documents too; if no file names it, the first usual name in the vocabulary does.
         ends = [special.get("eos"), *map(backend.token_to_id, USUAL_ENDS)]
-        end = next((number for number in ends if number is not None), None)
+        end = next((token_id for token_id in ends if token_id is not None), None)
         super().__init__(backend, special if end is None else {**special, "eod": end}, assets)
 
     def identity(self) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def _token_text(entry: object) -> str:
 def _listed_tokens(config: Mapping[str, Any], special: set[str]) -> Iterator[AddedToken]:
     """Yield the tokens of `added_tokens_decoder` or added_tokens.json, by id; DataError if an entry is invalid."""
     try:
-        entries = sorted((int(number), entry) for number, entry in config.get("added_tokens_decoder", {}).items())
+        entries = sorted((int(token_id), entry) for token_id, entry in config.get("added_tokens_decoder", {}).items())
         for _, entry in entries:
             yield AddedToken(**entry)
         for token, _ in sorted(config.get("added_tokens", {}).items(), key=lambda pair: int(pair[1])):

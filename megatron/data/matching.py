@@ -73,9 +73,9 @@ def _other_special_tokens(prefix: str, dataset_ids: Mapping[str, Any], tokenizer
     )
 
 
-def _token_name(tokenizer: Tokenizer, number: object) -> str:
+def _token_name(tokenizer: Tokenizer, token_id: object) -> str:
     """Return the description of a token for messages; "none" if there is no id."""
-    return describe_token(tokenizer, number) if isinstance(number, int) else "none"
+    return describe_token(tokenizer, token_id) if isinstance(token_id, int) else "none"
 
 
 def check_ids(dataset: IndexedDataset, vocab_size: int) -> None:
@@ -131,12 +131,12 @@ def adopt_dataset_roles(data: DataSettings, config: TokenizerConfig, tokenizer: 
     lines: list[str] = []
     for paths in (data.data_path, data.train_data_path, data.valid_data_path, data.test_data_path):
         for prefix in parse_blend(paths)[0] if paths else ():
-            for role, number in _chosen_roles(prefix, tokenizer):
+            for role, token_id in _chosen_roles(prefix, tokenizer):
                 if getattr(config, f"{role}_token") is None:
-                    tokenizer.choose(role, number)
+                    tokenizer.choose(role, token_id)
                     is_eod = role == "eod"
-                    config = replace(config, eod_token=str(number)) if is_eod else replace(config, bos_token=str(number))
-                    token = describe_token(tokenizer, number)
+                    config = replace(config, eod_token=str(token_id)) if is_eod else replace(config, bos_token=str(token_id))
+                    token = describe_token(tokenizer, token_id)
                     lines.append(
                         f"{ROLE_NAMES[role]} is {token}, as chosen by {ROLE_FLAGS[role]} when {prefix} was preprocessed"
                     )
@@ -156,6 +156,6 @@ def same_ids(one: Tokenizer, other: Tokenizer) -> bool:
     """Return whether two tokenizers have the same vocabulary, and tokenize the probe texts alike."""
     return (
         one.vocab_size == other.vocab_size
-        and all(one.piece(number) == other.piece(number) for number in range(one.vocab_size))
+        and all(one.piece(token_id) == other.piece(token_id) for token_id in range(one.vocab_size))
         and all(one.tokenize(text) == other.tokenize(text) for text in PROBE_TEXTS)
     )

@@ -39,13 +39,13 @@ def merge_datasets(prefixes: Sequence[str], output_prefix: str) -> IndexedDatase
     # One dataset for each tokenizer that a sidecar names; a dataset without a sidecar matches any tokenizer.
     by_digest = {meta["tokenizer_digest"]: number for number, meta in enumerate(metas) if meta.get("tokenizer_digest")}
     if len(by_digest) > 1:
-        kinds = "; ".join(
+        descriptions = "; ".join(
             f"{prefixes[n]} with {metas[n].get('tokenizer_type')} ({digest}, end of document {metas[n].get('eod')})"
             for digest, n in by_digest.items()
         )
         if len({metas[n].get("vocabulary_digest", n) for n in by_digest.values()}) == 1:
-            kinds += "; they differ only in special tokens"
-        raise DataError(f"these datasets were made by different tokenizers: {kinds}")
+            descriptions += "; they differ only in special tokens"
+        raise DataError(f"these datasets were made by different tokenizers: {descriptions}")
     with IndexedWriter(output_prefix, datasets[0].dtype) as writer:
         for dataset in datasets:
             writer.add_dataset(dataset)

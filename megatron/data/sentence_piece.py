@@ -37,7 +37,7 @@ class GPTSentencePieceTokenizer(Tokenizer):
         except Exception as error:  # the package raises several kinds of exceptions
             raise DataError(f"{model_file} is not a SentencePiece model: {error}") from error
         own = {role: int(getattr(self._model, f"{role}_id")()) for role in ("unk", "bos", "eos", "pad")}
-        self.special = {role: number for role, number in own.items() if number >= 0}
+        self.special = {role: token_id for role, token_id in own.items() if token_id >= 0}
         if "eos" in self.special:
             self.special = {**self.special, "eod": self.special["eos"]}
 
@@ -58,11 +58,11 @@ class GPTSentencePieceTokenizer(Tokenizer):
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """Return the text of these ids, without those that are not the model's own."""
-        return str(self._model.decode_ids([number for number in ids if number < self._own]))
+        return str(self._model.decode_ids([token_id for token_id in ids if token_id < self._own]))
 
-    def piece(self, number: int) -> str:
+    def piece(self, token_id: int) -> str:
         """Return the piece with this id; "" if there is none."""
-        return self._pieces[number] if number < len(self._pieces) else ""
+        return self._pieces[token_id] if token_id < len(self._pieces) else ""
 
     @property
     def special_in_text(self) -> Mapping[str, int]:
@@ -76,8 +76,8 @@ class GPTSentencePieceTokenizer(Tokenizer):
             for field, value in protobuf_fields(self.assets["tokenizer.model"])
             if field == 1  # pieces
         )
-        ids = [number for number, entry in enumerate(entries) if entry.get(3) == USER_DEFINED]  # field 3 is the type
-        return {piece: number for number in ids if (piece := self._pieces[number]).strip(f"{SPACE} \n\t\r")}
+        ids = [token_id for token_id, entry in enumerate(entries) if entry.get(3) == USER_DEFINED]  # field 3 is the type
+        return {piece: token_id for token_id in ids if (piece := self._pieces[token_id]).strip(f"{SPACE} \n\t\r")}
 
     def read_special_as_text(self) -> None:
         """Raise a DataError if the model has user-defined pieces, since it always finds them in texts."""
@@ -111,7 +111,7 @@ class SentencePieceTokenizer(GPTSentencePieceTokenizer):
         self.extra_ids = extra_ids
         names = {"cls": "<CLS>", "sep": "<SEP>", "eod": "<EOD>", "mask": "<MASK>"}
         names |= {r: self._pieces[self.special[r]] if r in self.special else f"<{r.upper()}>" for r in ("pad", "bos", "eos")}
-        ids = {piece: number for number, piece in enumerate(self._pieces)}
+        ids = {piece: token_id for token_id, piece in enumerate(self._pieces)}
         self._added: dict[str, int] = {}
         for name in (*names.values(), *(f"<extra_id_{i}>" for i in range(extra_ids))):
             if name not in ids:
@@ -149,15 +149,15 @@ class SentencePieceTokenizer(GPTSentencePieceTokenizer):
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """Return the text of these ids; an added token appears by name, with a space after it."""
-        names = {number: name for name, number in self._added.items()}
+        names = {token_id: name for name, token_id in self._added.items()}
         parts: list[str] = []
         plain: list[int] = []
-        for number in ids:
-            if number in names:
-                parts += [super().detokenize(plain), names[number] + " "]
+        for token_id in ids:
+            if token_id in names:
+                parts += [super().detokenize(plain), names[token_id] + " "]
                 plain = []
             else:
-                plain.append(number)
+                plain.append(token_id)
         return "".join([*parts, super().detokenize(plain)])
 
 
@@ -182,10 +182,10 @@ class BPESeam(Seam):
         """Allow a cut where both sides, normalized alone, give the normalized whole, and no merge crosses the cut."""
         if self._added(left + right):
             return None
-        whole, before = str(self._model.normalize(left + right)), str(self._model.normalize(left))
+        normalized, before = str(self._model.normalize(left + right)), str(self._model.normalize(left))
         for skipped in (0, 1) if right[0].isspace() else (0,):
             after = str(self._model.normalize(right[skipped:]))
-            if before and after and before + after == whole and self._can_cut_between(before[-1], after[0]):
+            if before and after and before + after == normalized and self._can_cut_between(before[-1], after[0]):
                 return skipped
         return None
 
@@ -260,7 +260,7 @@ def convert_sentence_piece(proto: bytes, model: Any, pieces: list[str], scores: 
     if trainer.get(24, 0):
         raise DataError("this SentencePiece model writes spaces as suffixes, which tokenizer.json cannot express")
     kind, byte_fallback = trainer.get(3, UNIGRAM), bool(trainer.get(35, 0))
-    vocab = {piece: number for number, piece in enumerate(pieces[: len(scores)])}
+    vocab = {piece: token_id for token_id, piece in enumerate(pieces[: len(scores)])}
     unknown = int(model.unk_id())
     if kind == UNIGRAM:
         converted: Any = models.Unigram(list(zip(pieces, scores, strict=False)), unk_id=unknown, byte_fallback=byte_fallback)
@@ -305,10 +305,10 @@ def convert_sentence_piece(proto: bytes, model: Any, pieces: list[str], scores: 
 def bpe_merges(vocab: dict[str, int], scores: list[float]) -> Iterator[tuple[str, str]]:
     """Yield the merges of a BPE model, which SentencePiece does not store, by descending score of the merged piece."""
     order: list[tuple[float, int, int, str, str]] = []
-    for piece, number in vocab.items():
+    for piece, token_id in vocab.items():
         for cut in range(1, len(piece)):
             left, right = piece[:cut], piece[cut:]
             if left in vocab and right in vocab:
-                order.append((-scores[number], vocab[left], vocab[right], left, right))
+                order.append((-scores[token_id], vocab[left], vocab[right], left, right))
     for *_, left, right in sorted(order):
         yield left, right

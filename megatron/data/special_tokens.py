@@ -42,8 +42,8 @@ def find_token(tokenizer: Tokenizer, flag: str, token: str) -> int:
         if int(token[:20]) < size:  # cut, since int() refuses thousands of digits
             return int(token)
         raise DataError(f"{flag} {token}: {tokenizer.kind} has the ids 0 to {size - 1}")
-    number = None if not token else next((n for n in range(size) if tokenizer.piece(n) == token), None)
-    if number is None:
+    token_id = None if not token else next((i for i in range(size) if tokenizer.piece(i) == token), None)
+    if token_id is None:
         names = [
             describe_token(tokenizer, n)
             for n in dict.fromkeys([*tokenizer.special.values(), *tokenizer.special_in_text.values()])
@@ -51,12 +51,12 @@ def find_token(tokenizer: Tokenizer, flag: str, token: str) -> int:
         more = ", ..." if len(names) > MAX_LISTED else ""
         listed = f"special ones are {', '.join(names[:MAX_LISTED])}{more}" if names else "it has no special ones"
         raise DataError(f"{flag} {token!r}: {tokenizer.kind} has no such token; {listed}; any other can be named by its id")
-    return number
+    return token_id
 
 
-def describe_token(tokenizer: Tokenizer, number: int) -> str:
+def describe_token(tokenizer: Tokenizer, token_id: int) -> str:
     """Return a description of a token for messages: its text and its id."""
-    return f"{tokenizer.piece(number)!r} (id {number})"
+    return f"{tokenizer.piece(token_id)!r} (id {token_id})"
 
 
 def describe_document_tokens(tokenizer: Tokenizer, config: TokenizerConfig, *, append_eod: bool) -> Iterator[str]:

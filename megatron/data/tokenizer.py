@@ -58,9 +58,9 @@ class ByteTokenizer(Tokenizer):
         data = b"".join(END_OF_TEXT.encode() if i == 256 else bytes([i]) for i in ids if i < self.vocab_size)
         return data.decode("utf-8", errors="replace")
 
-    def piece(self, number: int) -> str:
+    def piece(self, token_id: int) -> str:
         """Return the symbol of a byte, as byte-level BPE writes it."""
-        return dict(enumerate([*byte_symbols(), END_OF_TEXT])).get(number, "")
+        return dict(enumerate([*byte_symbols(), END_OF_TEXT])).get(token_id, "")
 
     def backend(self) -> Backend:
         """Return a byte-level BPE without merges."""
@@ -113,9 +113,9 @@ class NullTokenizer(Tokenizer):
         """Return the ids as numbers, separated by spaces."""
         return " ".join(map(str, ids))
 
-    def piece(self, number: int) -> str:
+    def piece(self, token_id: int) -> str:
         """Return the id as a number."""
-        return str(number)
+        return str(token_id)
 
     def backend(self) -> Backend:
         """Return a word-level tokenizer whose words are the numbers."""
@@ -195,7 +195,7 @@ def _read_saved(folder: Path) -> tuple[TokenizerConfig, object]:
         chosen = saved.get("chosen", {})
         if not (isinstance(kind, str) and type(size) is int and type(extra) is int and 0 <= extra <= min(size, MAX_EXTRA_IDS)):
             raise ValueError("its type, vocab_size or extra_ids is invalid")
-        if not all(role in ROLE_FLAGS and type(number) is int for role, number in chosen.items()):
+        if not all(role in ROLE_FLAGS and type(token_id) is int for role, token_id in chosen.items()):
             raise ValueError("its chosen tokens are invalid")
     except KeyError as error:
         raise DataError(f"{folder / SAVED} is damaged: {error} is missing") from error

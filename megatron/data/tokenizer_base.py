@@ -61,7 +61,7 @@ class Tokenizer(ABC):
         """
 
     @abstractmethod
-    def piece(self, number: int) -> str:
+    def piece(self, token_id: int) -> str:
         """Return the vocabulary entry with this id; "" if there is none."""
 
     @abstractmethod
@@ -81,9 +81,9 @@ class Tokenizer(ABC):
         """Tokenize special tokens in texts like any other text from now on; DataError if this is not possible."""
         return
 
-    def choose(self, role: str, number: int) -> None:
+    def choose(self, role: str, token_id: int) -> None:
         """Give a role of `special` to another token."""
-        self.special, self.chosen = {**self.special, role: number}, {**self.chosen, role: number}
+        self.special, self.chosen = {**self.special, role: token_id}, {**self.chosen, role: token_id}
 
     @cached_property
     def seam(self) -> Seam | None:
