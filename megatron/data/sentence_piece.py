@@ -242,8 +242,7 @@ def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
 def convert_sentence_piece(proto: bytes, model: Any, pieces: list[str], scores: list[float], added: list[str]) -> Backend:
     """Return a SentencePiece model as a tokenizer of the `tokenizers` package.
 
-    The two packages break ties differently where two orders of the same pieces have equal scores in a unigram model (`** ****`
-    or `**** **`).
+    They break ties differently if two orders of the same pieces have equal scores in a unigram model (`** ****`, `**** **`).
 
     Args:
         proto: the serialised ModelProto.
