@@ -121,7 +121,7 @@ OTHERS = {
     "UTF-16BE": LINES.decode().encode("utf-16-be"),
     "text in UTF-32": LINES.decode().encode("utf-32"),
     "a pointer of Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n",
-    "an indexed dataset": b"MMIDIDX\x00\x00" + bytes(40),
+    "an already preprocessed dataset": b"MMIDIDX\x00\x00" + bytes(40),
     "a JSON array, not JSON lines": b'[\n{"text": "a"},\n{"text": "b"}\n]\n',
     "a JSON array": b'\xef\xbb\xbf[{"text": "a"}, {"text": "b"}]',
     "plain text is not accepted": b"ORCs and PAR1 and more\n",
@@ -166,10 +166,10 @@ def test_numbers_of_any_size_are_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ('{"text": ["a", "b"]}', "no text but a list"),
-        ('{"text": {"a": 1}}', "no text but an object"),
-        ('{"text": null}', "no text but null"),
-        ('{"text": true}', "no text but true or false"),
+        ('{"text": ["a", "b"]}', "not text but a list"),
+        ('{"text": {"a": 1}}', "not text but an object"),
+        ('{"text": null}', "not text but null"),
+        ('{"text": true}', "not text but true or false"),
         ('{"meta": {"text": "inside"}}', "the one within 'meta' is not read: `jq -c .meta` lifts it out"),
         ('{"content": "x"}', r"no key 'text' \(the keys are: 'content'\)"),
         ('"text"', "text in JSON, not an object with the key 'text'"),
