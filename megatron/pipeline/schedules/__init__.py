@@ -1,1 +1,1 @@
-"""Pipeline schedules as data: made, checked, timed, drawn and lowered. Pure."""
+"""Pipeline schedules as data: generate, check, time, draw and lower them. Pure."""

@@ -1,7 +1,6 @@
-"""Draws a schedule over time, one row a rank: as text for a terminal, as SVG for a page. Pure.
+"""Draw the timeline of a schedule, with a row for each rank: as text for a terminal, or as SVG. Pure.
 
-Both show the same: a box is an action, with its kind and its micro-batch, and what is idle between a rank's first and last
-action is its bubble.
+A box is an action, with its kind and its micro-batch. The idle time between a rank's first and last action is its bubble.
 """
 
 from __future__ import annotations
@@ -27,24 +26,24 @@ OP_NAMES: Mapping[Op, str] = MappingProxyType(
     }
 )
 MIN_WIDTH = 40  # columns of the smallest text drawing
-MAX_ROWS = 32  # ranks in a text drawing; of more, the first and the last
+MAX_ROWS = 32  # rows of a text drawing; with more ranks, only the first and last 16 are shown
 TEXT_LEFT = 9  # columns of "rank 000 "
 
 
 def draw_text(schedule: Schedule, timeline: Timeline, width: int = 120) -> str:
     """Return the timeline as text in at most `width` columns, without a newline at the end.
 
-    F3 is the forward of micro-batch 3, and blanks behind it are the rest of its time; dots are bubble. Where ranks have several
-    chunks, a letter tells them apart: F3a on the first, F3b on the second. Where boxes are too narrow for that, F, B, I and W
-    stand alone, in lower case on every second chunk. What does not fit even so is cut off at the right, and a line says so.
+    F3 is the forward of micro-batch 3, and the blanks after it are the rest of its time; dots are bubble. If ranks have several
+    chunks, a letter distinguishes them: F3a on the first, F3b on the second. A box that is too narrow for its label only shows
+    F, B, I or W, in lower case for every second chunk. A drawing that is still too wide is cut off at the right, with a note.
 
     Args:
-        schedule: what is drawn.
-        timeline: its times.
-        width: columns, at least 40.
+        schedule: the schedule to draw.
+        timeline: the times of its actions.
+        width: number of columns, at least 40.
 
     Raises:
-        ValueError: the width is less.
+        ValueError: the width is below 40.
     """
     if width < MIN_WIDTH:
         raise ValueError(f"a drawing needs at least {MIN_WIDTH} columns, not {width}")
@@ -67,19 +66,22 @@ def draw_text(schedule: Schedule, timeline: Timeline, width: int = 120) -> str:
 
 
 def _text_scale(schedule: Schedule, timeline: Timeline, columns: int) -> float:
-    """Columns for a unit of time: enough for every label; else what fits `columns`; but a column for most actions."""
+    """Return the columns per unit of time: enough for every label if that fits in `columns`, else the most that fit.
+
+    A typical action gets at least one column, even if the drawing is then too wide.
+    """
     durations = [d for d in (timeline.end[a] - timeline.start[a] for a in timeline.start) if d > 0]
     if not durations:
         return 1.0
     shortest, typical = min(durations), median(durations)
-    roomy = (max(len(_label(schedule, a)) for a in schedule.actions) + 1) / shortest
-    scale = min(roomy, max(columns / timeline.makespan, 1 / typical))
-    # Whole columns for the shortest action keep equal actions equal.
+    scale_for_labels = (max(len(_label(schedule, a)) for a in schedule.actions) + 1) / shortest
+    scale = min(scale_for_labels, max(columns / timeline.makespan, 1 / typical))
+    # An integer number of columns for the shortest action makes equal actions equally wide.
     return math.floor(scale * shortest) / shortest if scale * shortest >= 1 else scale
 
 
 def _text_row(schedule: Schedule, timeline: Timeline, rank: int, scale: float) -> list[str]:
-    """One character a column, from the first start of any rank to this rank's last end."""
+    """Return the characters of a row, one for each column, from the first start on any rank to this rank's last end."""
     row: list[str] = []
     for action in schedule.programs[rank]:
         left, right = (round((time - timeline.origin) * scale) for time in (timeline.start[action], timeline.end[action]))
@@ -92,18 +94,18 @@ def _text_row(schedule: Schedule, timeline: Timeline, rank: int, scale: float) -
 
 
 def _label(schedule: Schedule, action: Action) -> str:
-    """F3, or where ranks have several chunks F3a, F3b, ...; behind z it starts again with a."""
+    """Return the label of an action: F3, or F3a, F3b, ... if ranks have several chunks; after z the letters repeat."""
     chunk = ascii_lowercase[schedule.chunk[action.stage] % 26] if schedule.stages > schedule.ranks else ""
     return f"{action.op.value}{action.micro_batch}{chunk}"
 
 
 def _describe_schedule(schedule: Schedule) -> str:
     chunks = schedule.stages // schedule.ranks
-    words = ["1 rank" if schedule.ranks == 1 else f"{schedule.ranks} ranks"]
+    counts = ["1 rank" if schedule.ranks == 1 else f"{schedule.ranks} ranks"]
     if chunks > 1:
-        words.append(f"{chunks} chunks each")
-    words.append("1 micro-batch" if schedule.micro_batches == 1 else f"{schedule.micro_batches} micro-batches")
-    return f"{schedule.name}: {', '.join(words)}"
+        counts.append(f"{chunks} chunks each")
+    counts.append("1 micro-batch" if schedule.micro_batches == 1 else f"{schedule.micro_batches} micro-batches")
+    return f"{schedule.name}: {', '.join(counts)}"
 
 
 def _describe_timeline(timeline: Timeline) -> str:
@@ -114,14 +116,14 @@ def _describe_timeline(timeline: Timeline) -> str:
 
 @dataclass(frozen=True)
 class Panel:
-    """One timeline of a drawing, under its title."""
+    """One titled timeline of an SVG drawing."""
 
     title: str
     schedule: Schedule
     timeline: Timeline
 
 
-# Lightest and darkest shade of each kind: the first chunk's and the last chunk's.
+# Shades of the first chunk and of the last chunk, for each kind of action.
 SHADES: Mapping[Op, tuple[str, str]] = MappingProxyType(
     {
         Op.F: ("#9cc4ee", "#23558f"),
@@ -131,22 +133,23 @@ SHADES: Mapping[Op, tuple[str, str]] = MappingProxyType(
     }
 )
 INK, FAINT, BUBBLE, PAPER = "#1f2933", "#66727f", "#e4e8ec", "white"
-LEFT, RIGHT, ROW, GAP, HEAD, FOOT = 64, 20, 24, 3, 46, 50  # pixels: margins, height of a row and between rows, panel's title
-BOX, MIN_PLOT, MAX_PLOT = 20, 640, 2400  # pixels: a typical box wants 20; the plot is 640 to 2400 wide
-DIGIT = 6.6  # pixels of a figure at the boxes' font size
+# In pixels: left and right margin, height of a row, gap between rows, height of a panel's title, space below the last panel.
+LEFT, RIGHT, ROW, GAP, HEAD, FOOT = 64, 20, 24, 3, 46, 50
+BOX, MIN_PLOT, MAX_PLOT = 20, 640, 2400  # pixels: desired width of a typical box; minimum and maximum width of the plot
+DIGIT = 6.6  # pixels: width of a digit in a box
 
 
 def draw_svg(panels: Sequence[Panel]) -> str:
-    """Return the panels under one another on one scale of time, each from its own first start, as the text of an SVG file.
+    """Return the text of an SVG file with the panels below one another, on the same time scale, each from its own first start.
 
-    Boxes are coloured by what they are, darker for later chunks, and carry their micro-batch where they are wide enough; a box
-    under the pointer says what it is. Grey is bubble. ValueError without panels.
+    The colour of a box is its kind of action, darker for later chunks. Boxes that are wide enough show their micro-batch, and
+    every box has a tooltip. Grey is bubble. ValueError without panels.
     """
     if not panels:
         raise ValueError("there is nothing to draw: give at least one panel")
     longest = max(panel.timeline.makespan for panel in panels) or 1.0
-    wanted = max(BOX * longest / _median_duration(panel.timeline) for panel in panels)
-    plot = min(max(wanted, MIN_PLOT), MAX_PLOT)
+    desired = max(BOX * longest / _median_duration(panel.timeline) for panel in panels)
+    plot = min(max(desired, MIN_PLOT), MAX_PLOT)
     scale = plot / longest
     body, y = [], 14.0
     for panel in panels:
@@ -194,10 +197,10 @@ def _panel(panel: Panel, y: float, scale: float) -> list[str]:
             start = timeline.start[action] - timeline.origin
             duration = timeline.end[action] - timeline.start[action]
             x, width = LEFT + start * scale, duration * scale
-            when = (
+            tooltip = (
                 f"{OP_NAMES[action.op]}, micro-batch {action.micro_batch}, stage {action.stage}: {start:.4g} + {duration:.4g}"
             )
-            out.append(_svg_rect(x, top, width, _shade(action.op, depth), action.op.value, when))
+            out.append(_svg_rect(x, top, width, _shade(action.op, depth), action.op.value, tooltip))
             text = str(action.micro_batch)
             if width >= len(text) * DIGIT + 3:
                 color = PAPER if depth > 0.5 else INK
@@ -206,10 +209,10 @@ def _panel(panel: Panel, y: float, scale: float) -> list[str]:
 
 
 def _axis(y: float, longest: float, scale: float) -> list[str]:
-    """A line with about eight round times."""
-    rough = longest / 8
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
+    """Return the time axis, with about eight ticks at round times."""
+    exact_step = longest / 8
+    power = 10.0 ** math.floor(math.log10(exact_step))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= exact_step * 0.999)
     out = [f'<path d="M{LEFT} {y:.1f}H{LEFT + longest * scale:.1f}" stroke="{FAINT}" fill="none"/>']
     for i in range(math.floor(longest / step + 1e-9) + 1):
         x = LEFT + i * step * scale
@@ -220,13 +223,13 @@ def _axis(y: float, longest: float, scale: float) -> list[str]:
 
 
 def _legend(y: float, panels: Sequence[Panel]) -> list[str]:
-    """One key for each kind of action that is drawn, in its shades, and one for the bubble."""
+    """Return the legend: an entry with its shades for each kind of action that is drawn, and one for the bubble."""
     used = {action.op for panel in panels for action in panel.schedule.actions}
     shades = 2 if any(max(panel.schedule.chunk) for panel in panels) else 1
-    keys = [(OP_NAMES[op], [_shade(op, depth) for depth in range(shades)]) for op in Op if op in used]
-    keys.append(("bubble", [BUBBLE]))
+    entries = [(OP_NAMES[op], [_shade(op, depth) for depth in range(shades)]) for op in Op if op in used]
+    entries.append(("bubble", [BUBBLE]))
     out, x = [], float(LEFT)
-    for text, colors in keys:
+    for text, colors in entries:
         for color in colors:
             out.append(f'<rect x="{x:.1f}" y="{y - 10:.1f}" width="12" height="12" rx="2" fill="{color}"/>')
             x += 13
@@ -245,9 +248,9 @@ def _shade(op: Op, depth: float) -> str:
 
 def _svg_rect(x: float, y: float, width: float, color: str, kind: str, title: str = "") -> str:
     hover = f"<title>{escape(title)}</title></rect>" if title else "</rect>"
-    # A hair of the paper between neighbours; never so much that a short action vanishes.
-    seam = min(0.8, width / 4) if title else 0.0
-    return f'<rect class="{kind}" x="{x:.2f}" y="{y:.1f}" width="{width - seam:.2f}" height="{ROW}" fill="{color}">{hover}'
+    # A thin gap between neighbouring boxes, but at most a quarter of a narrow box.
+    gap = min(0.8, width / 4) if title else 0.0
+    return f'<rect class="{kind}" x="{x:.2f}" y="{y:.1f}" width="{width - gap:.2f}" height="{ROW}" fill="{color}">{hover}'
 
 
 def _svg_text(x: float, y: float, text: str, *, size: int = 12, color: str = INK, anchor: str = "start") -> str:

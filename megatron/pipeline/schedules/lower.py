@@ -1,26 +1,27 @@
-"""Adds the transfers to a schedule: the one place that decides in which order ranks communicate. Pure.
+"""Add the transfers to a schedule. Only this module decides in which order ranks communicate. Pure.
 
-Between two ranks, transfers in one direction form a channel. Both ends post a channel's transfers in one order, so the two
-sides always agree, also on a backend that matches by order alone. Every direction has communicators of its own
-(`transfer.py`), so an early receive holds up no send, and only the order within a channel matters.
+The transfers from one rank to another form a channel. Both ranks post a channel's transfers in the same order, so that they
+match even on a backend that matches only by order. Every direction has its own communicators (`transfer.py`), so an early
+receive does not delay a send, and only the order within a channel matters.
 
-A sent tensor must live until the peer has it. What comes from the peer later proves that: it was made after the action that
-used the tensor. So behind the action that waits for it stand the sends that are done, whatever the backend can tell of them.
+A sent tensor must not be freed before the peer has received it. A later tensor from the peer proves that, if the peer computed
+it after the action that used the sent one. So after the action that waits for the later tensor, a `SendsComplete` frees the
+sends that are proven complete, without asking the backend.
 
-On a GPU, a transfer is a kernel that spins until the other end is there, and two things let this process wait for all that it
-has posted: a launch that blocks (CUDA_LAUNCH_BLOCKING=1), and a wait for the whole device (a kernel or a communicator used for
-the first time, an allocator that retries). What is posted decides whether such a wait ends:
+On a GPU, a transfer is a kernel that spins until the other rank posts its end, and this process waits for all posted transfers
+in two cases: if launches block (CUDA_LAUNCH_BLOCKING=1), and if an action synchronizes the device (the first use of a kernel or
+communicator, an allocation that is retried). Whether such a wait ends depends on what has been posted:
 
-    early >= 1   Receives are posted that many actions ahead, so that the transfer runs beside the computation; but never before
-                 own work that their sender depends on, through however many ranks. Then one action at a time may wait for its
-                 whole device. Two on different ranks at the same moment may not: each can wait for what the other makes next,
-                 and early receives cannot rule that out. Blocking launches get stuck at once.
-    early = 0    All ranks share one order of actions and transfers. A receive stands right before the action that needs it, and
-                 its send at that place of the order, so an output may wait while its rank goes on computing. Whoever stands at
-                 the first unfinished place of the order can always go on: every call may block, and every action may wait for
-                 its whole device. It costs time: a rank that is ahead waits for the one that takes what it sends.
+    early >= 1   Receives are posted that many actions ahead, so that the transfer overlaps with computation, but never before
+                 this rank's own actions on which the sender depends, directly or through other ranks. One action at a time may
+                 then synchronize its device. If two ranks do so at the same time they may deadlock, since each can wait for
+                 what the other computes next. Blocking launches always deadlock.
+    early = 0    All ranks use the same global order of actions and transfers. Both ends of a transfer are posted just before
+                 the action that needs it, so the sender may compute other actions in between. The rank at the first unfinished
+                 position of the order can always proceed: every call may block, and every action may synchronize its device.
+                 This is slower: a rank that is ahead waits for the receivers of its outputs.
 
-So a program runs with early = 0 the first time, when all that is new waits for the device, and always under blocking launches.
+A program therefore uses early = 0 when it runs for the first time, and always if launches block.
 """
 
 from __future__ import annotations
@@ -34,14 +35,15 @@ from typing import TypeAlias
 from megatron.pipeline.schedules.schedule import Action, Op, Schedule
 from megatron.pipeline.schedules.simulate import Costs, dependencies, simulate
 
-EARLY = 1  # actions between posting a receive and needing it: the one that runs meanwhile
+EARLY = 1  # number of actions between posting a receive and the action that needs it
 
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """A tensor that goes to the pipeline rank `peer`, or comes from it: `produced` made it, for stage `stage`.
+    """Transfer of a tensor to or from the pipeline rank `peer`.
 
-    number: the same on both sides, and no other transfer's of the step.
+    produced: the action that computes the tensor. stage: the stage that needs it. number: identifies the transfer within the
+    step, equal on both sides.
     """
 
     produced: Action
@@ -62,7 +64,7 @@ class Receive(Transfer):
 
 @dataclass(frozen=True, slots=True)
 class SendsComplete:
-    """Instruction to free the sends with these numbers: they were received, as what has just arrived proves."""
+    """Instruction to free the sends with these numbers: the tensor that has just arrived proves that they were received."""
 
     numbers: tuple[int, ...]
 
@@ -71,7 +73,7 @@ Instruction: TypeAlias = Action | Send | Receive | SendsComplete
 
 
 def consumer(action: Action, stages: int) -> int | None:
-    """Return the stage that needs the output of `action`, or None: hidden states go up, their gradients down."""
+    """Return the stage that needs the output of `action`: the next one for F, the previous one for B and I; None if none."""
     if action.op is Op.W:
         return None
     stage = action.stage + 1 if action.op is Op.F else action.stage - 1
@@ -79,10 +81,10 @@ def consumer(action: Action, stages: int) -> int | None:
 
 
 def lower(schedule: Schedule, early: int = EARLY) -> list[list[Instruction]]:
-    """Return every rank's program with its sends, its receives, and the sends that are complete.
+    """Return every rank's program with its sends, its receives and its `SendsComplete` instructions.
 
-    early: actions between posting a receive and needing it, where nothing speaks against it; 0 for an order in which every
-    call may block. ValueError when the programs wait for one another for ever.
+    early: number of actions by which receives are posted ahead where that is safe; 0 for an order in which every call may
+    block. ValueError when the schedule deadlocks.
     """
     needed = [_index_by_input(program) for program in schedule.programs]
     channels = _channels(schedule)
@@ -107,8 +109,8 @@ def lower(schedule: Schedule, early: int = EARLY) -> list[list[Instruction]]:
 
 
 InputIndex: TypeAlias = dict[tuple[int, int, bool], int]
-Channel: TypeAlias = dict[tuple[int, int], list[Transfer]]  # (sender, receiver) -> its transfers, in the order they are made
-Places: TypeAlias = list[dict[int, list[Instruction]]]  # of each rank: index of an action -> what stands next to it
+Channel: TypeAlias = dict[tuple[int, int], list[Transfer]]  # (sender, receiver) -> its transfers, in the order of the sender
+Places: TypeAlias = list[dict[int, list[Instruction]]]  # for each rank: index of an action -> instructions to insert there
 
 
 def _channels(schedule: Schedule) -> Channel:
@@ -124,14 +126,14 @@ def _channels(schedule: Schedule) -> Channel:
 
 
 def _index_by_input(program: tuple[Action, ...]) -> InputIndex:
-    """(stage, micro-batch, forward or not) -> the index of the action that takes this input."""
+    """Return the index in `program` of the action that needs an input, by (stage, micro-batch, is forward)."""
     return {(a.stage, a.micro_batch, a.op is Op.F): i for i, a in enumerate(program) if a.op is not Op.W}
 
 
 def _user_index(transfer: Transfer, needed: InputIndex) -> int:
-    """The index, in the receiver's program, of the action that uses what is transferred."""
-    made = transfer.produced
-    return needed[transfer.stage, made.micro_batch, made.op is Op.F]
+    """Return the index, in the receiver's program, of the action that uses the transferred tensor."""
+    produced = transfer.produced
+    return needed[transfer.stage, produced.micro_batch, produced.op is Op.F]
 
 
 def _completed_sends(
@@ -141,21 +143,21 @@ def _completed_sends(
     outgoing: dict[int, list[Transfer]],
     schedule: Schedule,
 ) -> dict[int, tuple[int, ...]]:
-    """Index in the rank's program -> the sends that are done once that action's input is there."""
+    """Return the numbers of the sends that are complete once an action's input has arrived, by index in the rank's program."""
     done: dict[int, list[int]] = {}
     for peer, channel in incoming.items():
         made_at = {action: i for i, action in enumerate(schedule.programs[peer])}
         waits = sorted((_user_index(t, needed[rank]), made_at[t.produced]) for t in channel)
         open_sends = sorted((_user_index(t, needed[peer]), t.number) for t in outgoing[peer])
         for index, made in waits:
-            # What the peer made at `made` came after its actions before that, and so after they had used what was sent to them.
+            # The peer's action at index `made` ran after its earlier actions, which had then used the tensors sent to them.
             while open_sends and open_sends[0][0] <= made:
                 done.setdefault(index, []).append(open_sends.pop(0)[1])
     return {index: tuple(numbers) for index, numbers in done.items()}
 
 
 def _place_sends(schedule: Schedule, channels: Channel) -> Places:
-    """Each send, to stand right behind the action that makes what is sent."""
+    """Place each send directly after the action that computes its tensor."""
     places: Places = [{} for _ in schedule.programs]
     made_at = [{action: index for index, action in enumerate(program)} for program in schedule.programs]
     for (sender, _), channel in channels.items():
@@ -165,11 +167,14 @@ def _place_sends(schedule: Schedule, channels: Channel) -> Places:
 
 
 def _place_receives(channels: Channel, needed: list[InputIndex], before: Mapping[Action, list[int]], early: int) -> Places:
-    """Each receive, to stand `early` actions ahead of the one that needs it, or later; before: see `_ancestors`."""
+    """Place each receive `early` actions ahead of the action that needs it, or later if that is not safe.
+
+    before: the result of `_ancestors`.
+    """
     places: Places = [{} for _ in needed]
     for (sender, receiver), channel in channels.items():
         latest, posts = _user_index(channel[-1], needed[receiver]), []
-        for transfer in reversed(channel):  # none later than one that the sender sends after it
+        for transfer in reversed(channel):  # a receive must not be posted after one that the sender sends later
             latest = min(latest, _user_index(transfer, needed[receiver]) - early)
             latest = max(latest, before[transfer.produced][receiver])
             posts.append((latest, _receive(transfer, sender)))
@@ -179,10 +184,10 @@ def _place_receives(channels: Channel, needed: list[InputIndex], before: Mapping
 
 
 def _ancestors(schedule: Schedule, start: Mapping[Action, float]) -> dict[Action, list[int]]:
-    """Action -> how many actions of each rank's program must have run before it, itself included."""
+    """Return, for each action, how many actions of each rank's program must have run by its end, including itself."""
     counts: dict[Action, list[int]] = {}
     ran: list[list[int]] = [[0] * schedule.ranks for _ in schedule.programs]
-    for action in sorted(start, key=start.__getitem__):  # every action takes time, so what it needs comes before it
+    for action in sorted(start, key=start.__getitem__):  # durations are positive, so dependencies come first
         rank = schedule.placement[action.stage]
         own = ran[rank].copy()
         for needed in dependencies(action, schedule):
@@ -196,9 +201,9 @@ def _ancestors(schedule: Schedule, start: Mapping[Action, float]) -> dict[Action
 def _place_in_one_order(
     schedule: Schedule, channels: Channel, needed: list[InputIndex], start: Mapping[Action, float]
 ) -> Places:
-    """Both ends of a transfer right before the start of the action that needs it, on a clock that all ranks share.
+    """Place both ends of each transfer just before the simulated start of the action that needs it.
 
-    The order is (time, transfers before actions, number): every rank's program is sorted by it, and no two are alike in it.
+    Every rank's program is then sorted by the same global order: by time, with transfers before actions, then by number.
     """
     starts = [[start[action] for action in program] for program in schedule.programs]
     due: list[list[tuple[float, int, Instruction]]] = [[] for _ in schedule.programs]
@@ -208,8 +213,8 @@ def _place_in_one_order(
             due[sender].append((time, transfer.number, _send(transfer)))
             due[receiver].append((time, transfer.number, _receive(transfer, sender)))
     places: Places = [{} for _ in schedule.programs]
-    for rank, of_rank in enumerate(due):
-        for time, _, item in sorted(of_rank, key=lambda entry: entry[:2]):
+    for rank, due_on_rank in enumerate(due):
+        for time, _, item in sorted(due_on_rank, key=lambda entry: entry[:2]):
             places[rank].setdefault(bisect_left(starts[rank], time), []).append(item)
     return places
 
@@ -223,12 +228,12 @@ def _receive(transfer: Transfer, sender: int) -> Receive:
 
 
 def forward_only(schedule: Schedule) -> Schedule:
-    """Return the same order without the backward passes: an evaluation runs it."""
+    """Return the schedule without its backward passes, for an evaluation."""
     programs = tuple(tuple(a for a in program if a.op is Op.F) for program in schedule.programs)
     return replace(schedule, programs=programs)
 
 
 def channel_pairs(placement: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Yield every (sender, receiver) between neighbouring stages, in one order."""
+    """Yield every (sender, receiver) pair of ranks with neighbouring stages, in an order that is the same on all ranks."""
     pairs = set(pairwise(placement))
     yield from sorted({(a, b) for pair in pairs for a, b in (pair, pair[::-1]) if a != b})

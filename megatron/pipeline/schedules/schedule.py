@@ -1,23 +1,23 @@
-"""Pipeline schedules as data: for every pipeline rank, in which order it runs which actions. Pure.
+"""Pipeline schedules as data: the actions of every pipeline rank, in order. Pure.
 
     stage       one contiguous slice of the model; a rank may own several (virtual stages, chunks)
     placement   stage -> the pipeline rank that owns it
     program     the ordered actions of one rank
 
 A schedule is generated here, checked, timed and drawn by `simulate.py` and `draw.py`, completed with transfers by `lower.py`
-and run by `executor.py`. To add one: a function here and its row in `SCHEDULES`. The row says all that others need to know of
-it: command line, rules, dry run, partition and executor read it there, and none of them knows a schedule by name. Which is why
-`config` may import this file, which imports the standard library alone.
+and run by `executor.py`. To add one, write a function here and add its row to `SCHEDULES`. The command line, the rules of the
+configuration, the dry run, the partition and the executor depend only on that row, and know no schedule by name. `config`
+imports this file, so it imports only the standard library.
 
-The functions' docstrings compare them by two numbers, for p ranks, m micro-batches and v chunks on each rank, where F, B and W
-are the times of a micro-batch's forward, input gradient and weight gradient on one rank, and communication takes none:
+The functions' docstrings state two numbers, for p ranks, m micro-batches and v chunks on each rank, where F, B and W are the
+times of a micro-batch's forward, input gradient and weight gradient on one rank, and communication takes no time:
 
-    idle    what a step takes on the first rank beyond m (F + B + W). The bubble rate is idle / (idle + m (F + B + W)).
-    peak    activations held at once, each of one stage and one micro-batch, on rank r = 0 .. p - 1
+    idle    time of a step on the first rank in excess of m (F + B + W). The bubble rate is idle / (idle + m (F + B + W)).
+    peak    maximum number of activations in memory, each of one stage and one micro-batch, on rank r = 0 .. p - 1
 
-Every schedule here works for any number of ranks and micro-batches, and with any cut of the layers; `ScheduleKind.objection` is
-for one that does not. On every stage, forwards, backwards and weight gradients each run in the order of the micro-batches, so
-gradients are summed in the same order whatever the schedule.
+Every schedule here works for any number of ranks and micro-batches, and any split of the layers; `ScheduleKind.objection` is
+for schedules that do not. On every stage, forwards, backwards and weight gradients each run in the order of the micro-batches,
+so all schedules sum gradients in the same order.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from types import MappingProxyType
 
 
 class Op(Enum):
-    """Kind of work of a stage on a micro-batch. B is I and W at once."""
+    """Kind of work of a stage on a micro-batch. B is I and W together."""
 
     F = "F"  # forward
     B = "B"  # backward: gradients of the stage's input and of its weights
     I = "I"  # backward: gradient of the stage's input alone  # noqa: E741
     W = "W"  # backward: gradients of the stage's weights alone
 
-    __hash__ = object.__hash__  # as good, and not in Python: every look-up of an action asks for it
+    __hash__ = object.__hash__  # equivalent, but faster than Enum's, which is written in Python
 
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """One stage's work on one micro-batch, without a break."""
+    """One piece of work of one stage on one micro-batch, which runs without interruption."""
 
     op: Op
     stage: int
@@ -78,7 +78,7 @@ class Schedule:
 
     @cached_property
     def actions(self) -> frozenset[Action]:
-        """All ranks' actions, without order."""
+        """The actions of all ranks."""
         return frozenset(action for program in self.programs for action in program)
 
 
@@ -95,7 +95,7 @@ def gpipe(ranks: int, micro_batches: int) -> Schedule:
 
 
 def one_f_one_b(ranks: int, micro_batches: int) -> Schedule:
-    """Run each backward as early as it can be, so that few activations wait for theirs (https://arxiv.org/abs/2006.09503).
+    """Run each backward as early as possible, so that few activations are in memory (https://arxiv.org/abs/2006.09503).
 
     idle (p - 1) (F + B + W); peak p - r, at most m.
     """
@@ -109,10 +109,10 @@ def one_f_one_b(ranks: int, micro_batches: int) -> Schedule:
 def interleaved_1f1b(ranks: int, micro_batches: int, chunks: int) -> Schedule:
     """Run 1F1B over v chunks of the model per rank (Megatron-LM, https://arxiv.org/abs/2104.04473).
 
-    A rank takes p micro-batches through its first chunk, the same through its second, and so on, then the next p. Where p does
-    not divide m, the last group is smaller: the program for full groups without the actions of micro-batches that do not exist.
+    A rank runs p micro-batches through its first chunk, the same p through its second, and so on, then the next p. If p does
+    not divide m, the last group is smaller: its program is that of a full group without the missing micro-batches.
 
-    idle (p - 1) (F + B + W) / v, where p divides m; peak 2 (p - 1 - r) + (v - 1) p + 1, at most v m. One chunk is plain 1F1B.
+    idle (p - 1) (F + B + W) / v, if p divides m; peak 2 (p - 1 - r) + (v - 1) p + 1, at most v m. One chunk is plain 1F1B.
 
     Args:
         ranks: p.
@@ -125,7 +125,7 @@ def interleaved_1f1b(ranks: int, micro_batches: int, chunks: int) -> Schedule:
     for rank in range(ranks):
         forwards = [Action(Op.F, chunk * ranks + rank, m) for chunk, m in order]
         backwards = [Action(Op.B, (chunks - 1 - chunk) * ranks + rank, m) for chunk, m in order]
-        # A rank meets the next chunk p actions later, so ranks that alternate must stand two actions apart, not one.
+        # With several chunks, neighbouring ranks differ by two warm-up forwards, not by one, as in Megatron-LM.
         stride = 1 if chunks == 1 else 2
         warm_up = stride * (ranks - 1 - rank) + (chunks - 1) * ranks
         programs.append(_drop_missing(micro_batches, _warm_up_then_alternate(forwards, backwards, warm_up)))
@@ -141,7 +141,7 @@ def zero_bubble_h1(ranks: int, micro_batches: int) -> Schedule:
 
 
 def zero_bubble_h2(ranks: int, micro_batches: int) -> Schedule:
-    """Run ZB-H1 with forwards enough ahead to fill the gap at the start too, in twice the memory (ZB-H2, arXiv 2401.10241).
+    """Run ZB-H1 with more forwards ahead, which also fill the gap at the start, in twice the memory (ZB-H2, arXiv 2401.10241).
 
     idle (p - 1) (F + B - 2 W), where m >= 2 p - 1 and W <= F, B; peak 2 p - 1 on every rank, at most m.
     """
@@ -151,25 +151,25 @@ def zero_bubble_h2(ranks: int, micro_batches: int) -> Schedule:
 def zero_bubble_v(ranks: int, micro_batches: int) -> Schedule:
     """Run two chunks per rank, down the ranks and back up, without idle time in 1F1B's memory (ZB-V, arXiv 2401.10241).
 
-    The last stage is on the first rank, so the backward of a micro-batch starts where its forward started, and rank 0 need not
-    wait for it. Fewer than p micro-batches: the program for p without those that do not exist.
+    The last stage is on the first rank, so the backward of a micro-batch starts on the rank where its forward started. For
+    m < p the program is that of p micro-batches without the missing ones.
 
-    idle 0, where F = B = W and m >= 2 p - 1; peak at most 2 p and 2 m on every rank, each half as large as with one chunk.
+    idle 0, if F = B = W and m >= 2 p - 1; peak at most min(2 p, 2 m) on every rank, each half as large as with one chunk.
     """
     programs = []
     for rank in range(ranks):
         down, up = rank, 2 * ranks - 1 - rank
         remaining = ranks - rank  # this rank and those after it
         whole_up = [(Op.F, up), (Op.I, up), (Op.W, up)]
-        # The first micro-batch goes through the ranks after this one and comes back; meanwhile forwards of others,
+        # Forwards of the first chunk, until the first micro-batch has been through the later ranks and returns,
         order = [(Op.F, down)] * (2 * remaining - 1)
-        # then of both chunks in turn, until the first gradient comes from the ranks in front.
+        # then of both chunks in turn, until the first gradient arrives from the earlier ranks.
         order += [(Op.F, up), (Op.F, down)] * rank
-        # The memory is full. No new micro-batch until a gradient has been to the last rank and is back.
+        # The memory is full: no new micro-batch starts until a gradient has been to the last rank and returned.
         order += whole_up * remaining
-        # Then a new one for each that is done with.
+        # Then a new micro-batch starts for each that is finished.
         order += [(Op.F, down), (Op.I, down), (Op.W, down), *whole_up] * (micro_batches - ranks)
-        # No forwards are left. First the gradients that other ranks wait for, then the weight gradients put off for them.
+        # No forwards are left: first the gradients that other ranks wait for, then the weight gradients deferred for them.
         order += [(Op.I, down), (Op.I, up)] * rank
         order += [(Op.I, down), (Op.W, down)] * remaining
         order += [(Op.W, up)] * rank + [(Op.W, down)] * rank
@@ -192,11 +192,11 @@ def v_shaped(ranks: int, chunks: int = 2) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class ScheduleKind:
-    """A schedule before ranks and micro-batches are known.
+    """A kind of schedule, for any numbers of ranks and micro-batches.
 
     make: (ranks, micro-batches, chunks) -> Schedule. place: (ranks, chunks) -> placement.
-    chunks: stages of each rank; None where the user chooses. splits: whether backward is I and W.
-    objection: (ranks, micro-batches, chunks) -> "needs ..." where the schedule cannot have these numbers, else None.
+    chunks: number of stages on each rank; None if the user chooses it. splits: the backward is split into I and W.
+    objection: (ranks, micro-batches, chunks) -> "needs ..." if the schedule does not support these numbers, else None.
     """
 
     make: Callable[[int, int, int], Schedule]
@@ -217,8 +217,8 @@ SCHEDULES: Mapping[str, ScheduleKind] = MappingProxyType(
     }
 )
 DEFAULT_SCHEDULE = "1f1b"
-DEFAULT_WITH_CHUNKS = "interleaved"  # where the user asks for virtual stages and names no schedule
-DEFAULT_CHUNKS = 2  # where the user may choose and did not
+DEFAULT_WITH_CHUNKS = "interleaved"  # if the user configures virtual stages but no schedule
+DEFAULT_CHUNKS = 2  # if the user may choose the number and did not
 
 
 def schedule_kind(name: str) -> ScheduleKind:
@@ -227,7 +227,7 @@ def schedule_kind(name: str) -> ScheduleKind:
 
 
 def schedule_names(wanted: Callable[[ScheduleKind], bool]) -> str:
-    """Return the names of schedules whose row is as wanted, for a message: `a, b or c`."""
+    """Return the names of the schedules for which `wanted` is true, for a message: `a, b or c`."""
     *names, last = [name for name, kind in SCHEDULES.items() if wanted(kind)]
     return f"{', '.join(names)} or {last}" if names else last
 
@@ -238,12 +238,12 @@ def make_schedule(name: str, ranks: int, micro_batches: int, chunks: int | None 
     Args:
         name: a key of `SCHEDULES`.
         ranks: number of pipeline ranks.
-        micro_batches: of a step.
-        chunks: stages of each rank; None takes what the schedule prescribes, or 2 where it is free.
+        micro_batches: number of micro-batches of a step.
+        chunks: number of stages on each rank; None: the number that the schedule prescribes, or 2 if it prescribes none.
 
     Raises:
-        ValueError: an unknown name, less than one rank, micro-batch or chunk, or numbers that the schedule cannot have; also
-            where its function does not do what its row says.
+        ValueError: an unknown name, fewer than one rank, micro-batch or chunk, or numbers that the schedule does not support;
+            also if the generated schedule contradicts its row.
     """
     if name not in SCHEDULES:
         raise ValueError(f"unknown schedule {name}; known are {', '.join(SCHEDULES)}")
@@ -264,7 +264,7 @@ def make_schedule(name: str, ranks: int, micro_batches: int, chunks: int | None 
 
 
 def _check_row(schedule: Schedule, kind: ScheduleKind, chunks: int) -> None:
-    """ValueError unless a schedule is what its row says: its stages would be built on other ranks, or in another form."""
+    """Raise ValueError if a schedule contradicts its row, by which the run builds its stages."""
     place = kind.place(schedule.ranks, chunks)
     if schedule.placement != place:
         raise ValueError(f"{schedule.name}: its stages are on ranks {schedule.placement}, and its row's `place` says {place}")
@@ -279,7 +279,7 @@ def _actions(op: Op, stage: int, micro_batches: int) -> list[Action]:
 
 
 def _warm_up_then_alternate(forwards: Sequence[Action], backwards: Sequence[Action], warm_up: int) -> list[Action]:
-    """`warm_up` forwards, then pairs of forward and backward until the forwards run out, then the rest."""
+    """Return `warm_up` forwards, then pairs of forward and backward until no forwards are left, then the other backwards."""
     warm_up = min(warm_up, len(forwards))
     steady = [action for pair in zip(forwards[warm_up:], backwards, strict=False) for action in pair]
     return [*forwards[:warm_up], *steady, *backwards[len(forwards) - warm_up :]]
@@ -288,9 +288,8 @@ def _warm_up_then_alternate(forwards: Sequence[Action], backwards: Sequence[Acti
 def _defer_weight_grads(ranks: int, micro_batches: int, stride: int) -> list[list[Action]]:
     """Return the programs of ZB-H1 and ZB-H2: 1F1B with each rank's weight gradients deferred.
 
-    Neighbours stand `stride` forwards apart: rank r is stride (p - 1 - r) forwards ahead of its backwards, and defers stride r
-    weight gradients, so all ranks hold the same number of activations. The deferred ones run at the end, while gradients travel
-    to the first rank.
+    Rank r is stride (p - 1 - r) forwards ahead of its backwards and defers stride r weight gradients, so that all ranks have
+    the same number of activations in memory. The deferred ones run at the end, while gradients travel to the first rank.
     """
     programs = []
     for rank in range(ranks):
@@ -306,18 +305,18 @@ def _defer_weight_grads(ranks: int, micro_batches: int, stride: int) -> list[lis
 
 
 def _number_micro_batches(order: Sequence[tuple[Op, int]]) -> list[Action]:
-    """(op, stage) in order -> actions: each of one kind takes the next micro-batch."""
-    following: dict[tuple[Op, int], int] = {}
+    """Return the actions of a list of (op, stage), where each pair's occurrences get the micro-batches 0, 1, 2, ..."""
+    next_micro_batch: dict[tuple[Op, int], int] = {}
     program = []
     for op, stage in order:
-        m = following.get((op, stage), 0)
-        following[op, stage] = m + 1
+        m = next_micro_batch.get((op, stage), 0)
+        next_micro_batch[op, stage] = m + 1
         program.append(Action(op, stage, m))
     return program
 
 
 def _drop_missing(micro_batches: int, program: Sequence[Action]) -> list[Action]:
-    """A program without the micro-batches that do not exist. The others never wait for those, so they cannot get stuck."""
+    """Return the program without actions of missing micro-batches, on which no other action depends."""
     return [action for action in program if action.micro_batch < micro_batches]
 
 

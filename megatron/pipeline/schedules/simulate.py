@@ -1,8 +1,8 @@
-"""Check a schedule and time it without running it: from the durations of its actions to a timeline. Pure.
+"""Check a schedule, and compute its timeline from the durations of its actions without running it. Pure.
 
-A rank does one action at a time, in the order of its program. An action starts when the rank is free and everything it needs
-is there; a result needed on another rank is there `communication` later, while both ranks go on computing. That is the model
-of "Zero Bubble Pipeline Parallelism" (https://arxiv.org/abs/2401.10241), and so is the bubble rate measured here.
+A rank runs one action at a time, in the order of its program. An action starts when the rank is free and all inputs have
+arrived; a result arrives on another rank after the time `communication`, during which both ranks continue to compute. This
+model and the bubble rate are those of "Zero Bubble Pipeline Parallelism" (https://arxiv.org/abs/2401.10241).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from megatron.pipeline.schedules.schedule import Action, Op, Schedule
 
 
 class CostModel(Protocol):
-    """Durations of actions and transfers, in any one unit of time."""
+    """Durations of actions and transfers, all in the same unit of time."""
 
     @property
     def communication(self) -> float:
-        """Time from the end of an action until its result is on another rank."""
+        """Time from the end of an action until its result has arrived on another rank."""
 
     def duration(self, action: Action) -> float:
         """Return the time that the action occupies its rank."""
@@ -30,10 +30,10 @@ class CostModel(Protocol):
 
 @dataclass(frozen=True)
 class Costs:
-    """Costs that are the same for every stage.
+    """Costs that are the same for every stage, in any unit of time.
 
-    backward: the input gradient alone, so that a whole backward takes backward + weight. Any unit of
-        time. ValueError for a negative or infinite cost.
+    backward: time of the input gradient only, so that a whole backward takes backward + weight. ValueError for a cost that is
+    negative or not finite.
     """
 
     forward: float = 1.0
@@ -46,7 +46,7 @@ class Costs:
             _check_cost(name, cost)
 
     def duration(self, action: Action) -> float:
-        """Return the time of an action, whatever its stage."""
+        """Return the duration of an action, which does not depend on its stage."""
         match action.op:
             case Op.F:
                 return self.forward
@@ -60,9 +60,9 @@ class Costs:
 
 @dataclass(frozen=True)
 class MeasuredCosts:
-    """Costs of each stage by itself: times[op, stage], in any unit of time.
+    """Costs that differ between stages: times[op, stage], in any unit of time.
 
-    ValueError for a negative or infinite cost, and from `duration` for an action that was not measured.
+    ValueError for a cost that is negative or not finite; `duration` raises it for an action that was not measured.
     """
 
     times: Mapping[tuple[Op, int], float]
@@ -83,7 +83,7 @@ class MeasuredCosts:
 
 @dataclass(frozen=True)
 class Timeline:
-    """Start and end of every action of a schedule, in one unit of time on one clock; and what follows from it."""
+    """Start and end of every action of a schedule, in the same unit of time on the same clock, and derived measures."""
 
     schedule: Schedule
     start: Mapping[Action, float]
@@ -91,7 +91,7 @@ class Timeline:
 
     @cached_property
     def origin(self) -> float:
-        """Start of the first action of all: 0 in a simulation, whatever the clock said in a measurement."""
+        """Start of the first action on any rank: 0 in a simulation, the clock's time in a measurement."""
         return min(self.start.values(), default=0.0)
 
     @cached_property
@@ -101,7 +101,7 @@ class Timeline:
 
     @cached_property
     def span(self) -> tuple[float, ...]:
-        """Per rank: from its own first start to its own last end. A rank without actions has 0."""
+        """Per rank: time from its own first start to its own last end; 0 for a rank without actions."""
         return tuple(
             max(self.end[a] for a in program) - min(self.start[a] for a in program) if program else 0.0
             for program in self.schedule.programs
@@ -109,31 +109,31 @@ class Timeline:
 
     @cached_property
     def cost(self) -> float:
-        """The largest span: what one step adds when steps follow each other without waiting for all ranks to finish."""
+        """The largest span: the time per step if consecutive steps do not wait until all ranks have finished."""
         return max(self.span)
 
     @cached_property
     def work(self) -> tuple[float, ...]:
-        """Per rank: the time it computes."""
+        """Per rank: total duration of its actions."""
         return tuple(sum(self.end[a] - self.start[a] for a in program) for program in self.schedule.programs)
 
     @cached_property
     def bubble_per_rank(self) -> tuple[float, ...]:
-        """Per rank: the share of `cost` in which it does not compute."""
+        """Per rank: fraction of `cost` in which it does not compute."""
         return tuple(1 - work / self.cost if self.cost > 0 else 0.0 for work in self.work)
 
     @cached_property
     def bubble_rate(self) -> float:
-        """The idle share of `cost`, mean over ranks.
+        """Idle fraction of `cost`, averaged over the ranks.
 
-        Where all ranks have the same work, m micro-batches of F + B + W, this is (cost - m (F + B + W)) / cost as
+        If all ranks have the same work, m micro-batches of F + B + W, this is (cost - m (F + B + W)) / cost as
         https://arxiv.org/abs/2401.10241 defines it in its section on schedule efficiency.
         """
         return sum(self.bubble_per_rank) / self.schedule.ranks
 
     @cached_property
     def peak_activations(self) -> tuple[int, ...]:
-        """Per rank: the most activations of one stage and micro-batch held at once. F adds one; B or W lets go of one."""
+        """Per rank: maximum number of activations in memory, one per stage and micro-batch: F adds one, B or W frees one."""
         change = {Op.F: 1, Op.B: -1, Op.I: 0, Op.W: -1}
         peaks = []
         for program in self.schedule.programs:
@@ -148,7 +148,7 @@ class Timeline:
 def dependencies(action: Action, schedule: Schedule) -> tuple[Action, ...]:
     """Return the actions whose results `action` needs.
 
-    F needs F of the stage before; B and I need their own F and the B or I of the stage behind; W needs its own I.
+    F needs F of the previous stage; B and I need F of their own stage and B or I of the next one; W needs I of its own stage.
     """
     stage, m = action.stage, action.micro_batch
     if action.op is Op.F:
@@ -163,9 +163,9 @@ def dependencies(action: Action, schedule: Schedule) -> tuple[Action, ...]:
 
 
 def validate(schedule: Schedule) -> None:
-    """Check that every stage sees every micro-batch once forward and once backward (B, or I and W), on the stage's rank.
+    """Check that every stage runs every micro-batch once forward and once backward (B, or I and W), on the stage's rank.
 
-    ValueError says which action is missing, doubled or in the wrong place. Whether the order works out, `simulate` finds.
+    ValueError names an action that is missing, duplicate or on the wrong rank. Deadlocks are detected by `simulate`.
     """
     if schedule.stages == 0 or set(schedule.placement) != set(range(schedule.ranks)):
         raise ValueError(f"{schedule.name}: placement {schedule.placement} leaves one of {schedule.ranks} ranks out")
@@ -185,7 +185,7 @@ def validate(schedule: Schedule) -> None:
             seen.add(action)
     for stage in range(schedule.stages):
         for m in range(schedule.micro_batches):
-            # Backward is whole or split, never both: gradients of the weights would be added twice.
+            # A backward is whole or split, never both, which would add the weights' gradients twice.
             ran = {op for op in Op if Action(op, stage, m) in seen}
             if ran not in ({Op.F, Op.B}, {Op.F, Op.I, Op.W}):
                 names = " ".join(op.value for op in Op if op in ran) or "nothing"
@@ -195,16 +195,16 @@ def validate(schedule: Schedule) -> None:
 
 
 def simulate(schedule: Schedule, costs: CostModel) -> Timeline:
-    """Return when every action runs, from time 0, if each starts as early as it can.
+    """Return the timeline, from time 0, on which every action starts as early as possible.
 
-    ValueError when the programs wait for one another for ever; it names what waits for what.
+    ValueError when the schedule deadlocks; the message states which ranks wait for which actions.
     """
     start: dict[Action, float] = {}
     end: dict[Action, float] = {}
     position = [0] * schedule.ranks
     free = [0.0] * schedule.ranks
     waiting: dict[Action, list[int]] = {}  # an action that has not run -> the ranks that wait for it
-    # In which order ranks are looked at does not matter: times follow from the programs alone.
+    # The order in which ranks are processed does not affect the times.
     runnable = deque(range(schedule.ranks))
     while runnable:
         rank = runnable.popleft()
@@ -232,12 +232,12 @@ def simulate(schedule: Schedule, costs: CostModel) -> Timeline:
 
 
 def measured_timeline(schedule: Schedule, start: Mapping[Action, float], end: Mapping[Action, float]) -> Timeline:
-    """Return the timeline of measured times. Times of actions that the schedule does not have are left out.
+    """Return the timeline of measured times. Actions that are not in the schedule are ignored.
 
     Args:
-        schedule: that was run.
-        start: of each action, in one unit on a clock that all ranks share.
-        end: of each action.
+        schedule: the schedule that was run.
+        start: start time of each action, in the same unit and on the same clock for all ranks.
+        end: end time of each action.
 
     Raises:
         ValueError: an action of the schedule has no time, or ends before it starts.
