@@ -1,8 +1,8 @@
-"""Build the documentation: every Markdown page of the repository, and a page of each module from its docstrings.
+"""Build the documentation: a page for each Markdown file of the repository, and one for each module from its docstrings.
 
     python tools/build_docs.py --output site
 
-Needs the extra `docs`. Exit status: 0 done; 1 a link leads nowhere, or a name cannot be resolved, with a line for each; 2 bad
+Needs the extra `docs`. Exit status: 0 done; 1 there are broken links or unresolved names, with an error line for each; 2 bad
 input, or pdoc is missing.
 """
 
@@ -22,7 +22,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # import this checkout even if it is not installed
 
 from megatron.launch.entry import loading, run_main
 
@@ -47,7 +47,7 @@ img {{ max-width: 100%; }}
 
 
 class Links(HTMLParser):
-    """Collects what a page links to, and the anchors that others can link to."""
+    """Collects the link targets of an HTML page, and its own anchors."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Links(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Take the attributes of a tag."""
+        """Collect the links and anchors in a tag's attributes."""
         for name, value in attrs:
             if name in ("href", "src") and value:
                 self.targets.append(value)
@@ -72,73 +72,75 @@ def arguments() -> argparse.Namespace:
 
 
 def build_pages(site: Path) -> None:
-    """Write every Markdown page as HTML under its own path, with the pictures and files that it links to."""
+    """Write each Markdown file as HTML to the same relative path in the site, and copy the pictures and files it links to."""
     import markdown2
 
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         out = site / page.relative_to(ROOT).with_suffix(".html")
         out.parent.mkdir(parents=True, exist_ok=True)
-        linked = partial(link, page, site)
-        body = re.sub(r'(?:href|src)="([^"]+)"', linked, markdown2.markdown(text, extras=MARKDOWN))
+        body = re.sub(r'(?:href|src)="([^"]+)"', partial(rewrite_link, page, site), markdown2.markdown(text, extras=MARKDOWN))
         title = re.search(r"^# (.*)", text, re.MULTILINE)
         up = "../" * (len(out.relative_to(site).parts) - 1)
         out.write_text(FRAME.format(title=escape(title[1] if title else page.name), up=up, body=body), encoding="utf-8")
     (site / "index.html").write_text('<meta http-equiv="refresh" content="0; url=docs/index.html">\n', encoding="utf-8")
 
 
-def link(page: Path, site: Path, found: re.Match[str]) -> str:
-    """Return a link of a page as it stands in the site; a file that is no page is copied there.
+def rewrite_link(page: Path, site: Path, attribute: re.Match[str]) -> str:
+    """Rewrite a link between Markdown files to one between HTML pages; copy a linked file of another kind into the site.
 
     Args:
-        page: the Markdown file.
-        site: the directory that is built.
-        found: the attribute, `href="..."` or `src="..."`.
+        page: the Markdown file with the link.
+        site: the directory of the HTML pages.
+        attribute: match of the attribute, `href="..."` or `src="..."`; group 1 is the target.
+
+    Returns:
+        The attribute for the HTML page.
     """
-    path, mark, anchor = found[1].partition("#")
-    there = Path(os.path.normpath(page.parent / path))
-    if not path or urlsplit(path).scheme or not there.is_relative_to(ROOT):
-        return found[0]
-    if there.is_dir():
-        there, path = there / "README.md", f"{path.rstrip('/')}/README.md"
-    if there in PAGES:
+    path, separator, anchor = attribute[1].partition("#")
+    target = Path(os.path.normpath(page.parent / path))
+    if not path or urlsplit(path).scheme or not target.is_relative_to(ROOT):
+        return attribute[0]
+    if target.is_dir():
+        target, path = target / "README.md", f"{path.rstrip('/')}/README.md"
+    if target in PAGES:
         path = path.removesuffix(".md") + ".html"
-    elif there.is_file():
-        copy = site / there.relative_to(ROOT)
+    elif target.is_file():
+        copy = site / target.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(there, copy)
-    return found[0].replace(found[1], path + mark + anchor)
+        shutil.copyfile(target, copy)
+    return attribute[0].replace(attribute[1], path + separator + anchor)
 
 
 def build_api(folder: Path) -> list[str]:
-    """Write a page for each module, from its docstrings, and return the warnings of pdoc about them."""
+    """Write a page for each module from its docstrings; return pdoc's warnings."""
     import pdoc
 
     import megatron
 
-    for name in megatron.__all__:  # pdoc looks for them where a module keeps what is loaded
+    for name in megatron.__all__:  # pdoc reads vars(megatron), which has the lazily loaded names only after they are set
         setattr(megatron, name, getattr(megatron, name))
-    # Each by its name, since of `megatron` pdoc follows `__all__` alone; modules inside of them it finds itself.
-    modules = ["megatron", *(f"megatron.{inside.name}" for inside in pkgutil.iter_modules(megatron.__path__))]
+    # The direct subpackages must be listed, since pdoc documents only `__all__` of `megatron`; it finds their modules itself.
+    modules = ["megatron", *(f"megatron.{module.name}" for module in pkgutil.iter_modules(megatron.__path__))]
     pdoc.render.configure(docformat="google", show_source=False, footer_text=f"megatron {megatron.__version__}")
-    with warnings.catch_warnings(record=True) as found:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         pdoc.pdoc(*modules, output_directory=folder)
-    return [str(warning.message) for warning in found if "pdoc" in warning.filename]
+    return [str(warning.message) for warning in caught if "pdoc" in warning.filename]
 
 
 def broken_links(site: Path) -> Iterator[str]:
-    """Yield a line for every link inside the site that leads nowhere."""
+    """Yield an error message for each link inside the site whose page or anchor does not exist."""
     pages = {path: Links(path.read_text(encoding="utf-8")) for path in sorted(site.rglob("*.html"))}
     for page, links in pages.items():
         for target in dict.fromkeys(links.targets):
-            address = urlsplit(target)
-            if address.scheme or address.netloc:
+            url = urlsplit(target)
+            if url.scheme or url.netloc:
                 continue
-            there = Path(os.path.normpath(page.parent / unquote(address.path))) if address.path else page
-            if not there.exists():
-                yield f"{page.relative_to(site)}: {target} is not there"
-            elif address.fragment and there in pages and unquote(address.fragment) not in pages[there].anchors:
+            file = Path(os.path.normpath(page.parent / unquote(url.path))) if url.path else page
+            if not file.exists():
+                yield f"{page.relative_to(site)}: {target} does not exist"
+            elif url.fragment and file in pages and unquote(url.fragment) not in pages[file].anchors:
                 yield f"{page.relative_to(site)}: {target} has no such anchor"
 
 
@@ -146,15 +148,15 @@ def main() -> int:
     """Run the tool, and return its exit status."""
     site = arguments().output
     if site.exists() and not (site / "docs" / "index.html").exists():
-        print(f"error: {site} is there and is no documentation; name another directory", file=sys.stderr)
+        print(f"error: {site} exists and is not a built documentation; choose another directory", file=sys.stderr)
         return 2
     shutil.rmtree(site, ignore_errors=True)
     build_pages(site)
-    wrong = [*build_api(site / "api"), *broken_links(site)]
-    for line in wrong:
+    problems = [*build_api(site / "api"), *broken_links(site)]
+    for line in problems:
         print(f"error: {line}", file=sys.stderr)
-    print(f"{len(list(site.rglob('*.html')))} pages in {site}; {len(wrong)} mistakes")
-    return 1 if wrong else 0
+    print(f"{len(list(site.rglob('*.html')))} pages in {site}; {len(problems)} errors")
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
-"""Draw a pipeline schedule, with the share of the step in which ranks idle and the activations they hold.
+"""Draw a pipeline schedule, with the fraction of the step in which ranks are idle and their peak numbers of activations.
 
     python tools/draw_schedule.py --schedule zb-h1 --stages 4 --microbatches 8 --costs 1,1,1,0 --output zb-h1.svg
 
-Costs are times of one action, in any unit: F forward, B input gradient, W weight gradient (a schedule that does not split its
-backward takes B + W for it), COMM from the end of an action until its result is on another rank. Where ranks have several
-chunks, an action is one chunk's.
+The costs are the times of one action of one chunk, in any unit: F forward, B input gradient, W weight gradient (B + W is the
+time of a backward that the schedule does not split), COMM sending a result to another rank.
 
-Exit status: 0; 2 the schedule does not exist or cannot be made, or the file has no place; 1 the disk refuses it.
+Exit status: 0 done; 2 invalid schedule or costs, or the output must not be written there; 1 writing failed.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import shutil
 import sys
 from pathlib import Path
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # import this checkout even if it is not installed
 
 from megatron.launch.entry import loading, run_main
 
@@ -32,7 +31,7 @@ with loading():
 
 
 def parse_costs(text: str) -> Costs:
-    """Return the four times of "F,B,W,COMM". ValueError when they are not four finite numbers of 0 or more."""
+    """Parse "F,B,W,COMM"; ValueError unless they are four finite numbers of 0 or more."""
     try:
         forward, backward, weight, communication = (float(part) for part in text.split(","))
     except ValueError:
@@ -41,7 +40,7 @@ def parse_costs(text: str) -> Costs:
 
 
 def describe_timeline(schedule: Schedule, timeline: Timeline) -> dict[str, object]:
-    """Return the numbers of the drawing, as the JSON object that --json prints."""
+    """Return the schedule's sizes and simulated times as the JSON object that --json prints."""
     return {
         "schedule": schedule.name,
         "stages": schedule.ranks,
@@ -60,33 +59,33 @@ def main() -> int:
     parser.add_argument("--schedule", required=True, help=", ".join(SCHEDULES))
     parser.add_argument("--stages", type=int, required=True, metavar="P", help="pipeline ranks")
     parser.add_argument("--microbatches", type=int, required=True, metavar="M", help="micro-batches of a step")
-    parser.add_argument("--chunks", type=int, metavar="V", help="stages of each rank; default what the schedule has, or 2")
+    parser.add_argument("--chunks", type=int, metavar="V", help="stages of each rank; default the schedule's own number, or 2")
     parser.add_argument("--costs", default="1,1,1,0", metavar="F,B,W,COMM", help="times of one action; default 1,1,1,0")
     parser.add_argument("--output", type=non_empty_path, metavar="FILE", help="write an SVG instead of drawing in the terminal")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of drawing in the terminal")
-    given = parser.parse_args()
+    args = parser.parse_args()
     try:
-        schedule = make_schedule(given.schedule, given.stages, given.microbatches, given.chunks)
-        timeline = simulate(schedule, parse_costs(given.costs))
-        if not math.isfinite(timeline.makespan):  # each is finite, their sum need not be
-            raise ValueError(f"--costs {given.costs} add up to more than a number can hold")
-        if given.output is not None:
-            title = f"{schedule.name}, costs {given.costs}"
-            check_picture("--output", given.output)
-            given.output.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(given.output, draw_svg([Panel(title, schedule, timeline)]))
+        schedule = make_schedule(args.schedule, args.stages, args.microbatches, args.chunks)
+        timeline = simulate(schedule, parse_costs(args.costs))
+        if not math.isfinite(timeline.makespan):  # the sum of finite costs can be infinite
+            raise ValueError(f"--costs {args.costs} are too large: their sum is not finite")
+        if args.output is not None:
+            title = f"{schedule.name}, costs {args.costs}"
+            check_picture("--output", args.output)
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(args.output, draw_svg([Panel(title, schedule, timeline)]))
     except (ValueError, OutputError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: cannot write {given.output}: {error.strerror}", file=sys.stderr)
+        print(f"error: cannot write {args.output}: {error.strerror}", file=sys.stderr)
         return 1
-    if given.json:
+    if args.json:
         print(json.dumps(describe_timeline(schedule, timeline), indent=1))
-    elif given.output is None:
+    elif args.output is None:
         print(draw_text(schedule, timeline, max(40, shutil.get_terminal_size((120, 24)).columns)))
     else:
-        print(f"{given.output}: bubble rate {timeline.bubble_rate:.4f}, makespan {timeline.makespan:.6g}")
+        print(f"{args.output}: bubble rate {timeline.bubble_rate:.4f}, makespan {timeline.makespan:.6g}")
     return 0
 
 

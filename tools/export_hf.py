@@ -1,9 +1,9 @@
-"""A checkpoint of any layout -> a Hugging Face directory, compared with this framework's own logits before it says done.
+"""Export a checkpoint of any layout to a Hugging Face directory, and compare its logits with those of this framework's model.
 
     python tools/export_hf.py --load runs/gpt --output runs/gpt-hf
 
-Needs no GPU and no torchrun. Exit status: 0 done; 1 the result does not hold what it should (it stays as OUTPUT.failed), or
-transformers is missing; 2 bad input.
+Needs no GPU and no torchrun. Exit status: 0 done; 1 the result is wrong (it is left as OUTPUT.failed), or transformers is
+missing; 2 bad input.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # import this checkout even if it is not installed
 
 from megatron.launch.entry import loading, run_main
 
 with loading():
     from megatron.launch.tool_parser import ToolParser, non_empty_path
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+TORCH_DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -30,10 +30,14 @@ def parse_arguments() -> argparse.Namespace:
         "--load", type=non_empty_path, required=True, metavar="CKPT", help="directory of checkpoints, or one iter_ directory"
     )
     parser.add_argument(
-        "--output", type=non_empty_path, required=True, metavar="DIR", help="the Hugging Face directory to make"
+        "--output", type=non_empty_path, required=True, metavar="DIR", help="the Hugging Face directory to write"
     )
     parser.add_argument("--load-iteration", type=int, metavar="N", help="which iteration of --load; default the latest")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the tensors written; default as saved, rounding none")
+    parser.add_argument(
+        "--dtype",
+        choices=sorted(TORCH_DTYPE_NAMES),
+        help="dtype to write; default that of each saved tensor",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace --output if it is an earlier export")
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not open the result with transformers")
     return parser.parse_args()
@@ -41,8 +45,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     """Run the tool, and return its exit status."""
-    given = parse_arguments()
-    os.environ["HF_HUB_OFFLINE"] = "1"  # everything is local; transformers must not look further
+    args = parse_arguments()
+    os.environ["HF_HUB_OFFLINE"] = "1"  # all files are local; transformers must not use the network
 
     import torch
 
@@ -53,12 +57,12 @@ def main() -> int:
 
     try:
         source = export_hf(
-            given.load,
-            given.output,
-            iteration=given.load_iteration,
-            dtype=getattr(torch, DTYPES[given.dtype]) if given.dtype else None,
-            verify=given.verify,
-            overwrite=given.overwrite,
+            args.load,
+            args.output,
+            iteration=args.load_iteration,
+            dtype=getattr(torch, TORCH_DTYPE_NAMES[args.dtype]) if args.dtype else None,
+            verify=args.verify,
+            overwrite=args.overwrite,
         )
     except (OutputError, CheckpointError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -66,7 +70,7 @@ def main() -> int:
     except (ExportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"exported {source} to {given.output}")
+    print(f"exported {source} to {args.output}")
     return 0
 
 

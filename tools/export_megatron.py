@@ -1,9 +1,9 @@
-r"""A checkpoint of ours, of any layout -> Megatron-LM's files, cut over any number of ranks, weights only.
+r"""Export the weights of a checkpoint of any layout to Megatron-LM's files, sharded over any number of ranks.
 
     python tools/export_megatron.py --load runs/gpt --save megatron-lm-run \
         --target-tensor-parallel-size 2 --target-pipeline-parallel-size 2
 
-Load it there with --finetune, or with --no-load-optim --no-load-rng. Exit status: 0 done; 2 bad input; 1 a failure.
+Megatron-LM loads it with --finetune, or with --no-load-optim --no-load-rng. Exit status: 0 done; 2 bad input; 1 a failure.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # import this checkout even if it is not installed
 
 from megatron.launch.entry import loading, run_main
 
@@ -32,14 +32,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--load-iteration", type=int, metavar="N", help="which iteration of --load; default the latest")
     for axis in ("tensor", "pipeline"):
         parser.add_argument(
-            f"--target-{axis}-parallel-size", type=int, default=1, metavar="N", help=f"{axis}-parallel ranks there"
+            f"--target-{axis}-parallel-size",
+            type=int,
+            default=1,
+            metavar="N",
+            help=f"{axis}-parallel ranks of the export",
         )
     return parser.parse_args()
 
 
 def main() -> int:
     """Run the tool, and return its exit status."""
-    given = parse_arguments()
+    args = parse_arguments()
 
     from megatron.checkpoint.find import find_checkpoint
     from megatron.checkpoint.layout import CheckpointError, read_manifest
@@ -51,16 +55,16 @@ def main() -> int:
     from megatron.interop.whole_tensors import read_weights
 
     try:
-        directory = find_checkpoint(given.load, given.load_iteration, lambda line: print(f"note: {line}", file=sys.stderr))
-        check_folder("--save", given.save, [given.load, directory, directory.parent])
+        directory = find_checkpoint(args.load, args.load_iteration, lambda line: print(f"note: {line}", file=sys.stderr))
+        check_folder("--save", args.save, [args.load, directory, directory.parent])
         tokenizer, config = open_tokenizer(directory), read_model_config(directory)
-        made = write_megatron(
-            given.save,
+        written = write_megatron(
+            args.save,
             read_manifest(directory).iteration,
             config,
             read_weights(directory),
-            tp=given.target_tensor_parallel_size,
-            pp=given.target_pipeline_parallel_size,
+            tp=args.target_tensor_parallel_size,
+            pp=args.target_pipeline_parallel_size,
             tokenizer_type=tokenizer.kind if tokenizer else None,
         )
     except (OutputError, CheckpointError, DataError) as error:
@@ -69,13 +73,11 @@ def main() -> int:
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    # Megatron-LM's BertLMHead calls torch's exact GELU, where the fused kernel of its layers has the tanh approximation.
+    # Megatron-LM's BertLMHead uses torch's exact GELU, although the fused kernel in its layers uses the tanh approximation.
     if config.architecture == "bert" and config.activation == "gelu":
-        note = (
-            "the masked-word head has the exact GELU there, unless --openai-gelu is given; here it has the tanh approximation"
-        )
+        note = "Megatron-LM's masked-word head uses the exact GELU, ours the tanh approximation: give Megatron-LM --openai-gelu"
         print(f"note: {note}", file=sys.stderr)
-    print(f"exported {directory} to {made}")
+    print(f"exported {directory} to {written}")
     return 0
 
 

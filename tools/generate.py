@@ -1,10 +1,10 @@
 """Write text with a trained model: `tools/generate.py --load CKPT --prompt TEXT`.
 
-One --prompt gives its text. Several of them, or a --prompt-file, give one line of JSON each, in their order: the prompt, the
-text, why it ended, and with --beam-width the score.
+For a single --prompt, the text is printed. For several, or a --prompt-file, one JSON object per prompt is printed, in the same
+order: the prompt, the text, why it ended, and with --beam-width the score.
 
-Opens a checkpoint of any layout. The architecture and the tokenizer come from the checkpoint. Started by torchrun on several
-processes, it cuts the model over them: --tensor-model-parallel-size x --pipeline-model-parallel-size must be their number.
+Opens a checkpoint of any layout, which also determines the architecture and the tokenizer. With torchrun, the model is sharded
+over the processes; --tensor-model-parallel-size x --pipeline-model-parallel-size must be their number.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # import this checkout even if it is not installed
 
 from megatron.launch.entry import loading, run_main
 
@@ -36,28 +36,30 @@ with loading():
     from megatron.mesh.grid import Grid
     from megatron.mesh.mesh import Mesh
 
-REFUSED = (CheckpointError, ConfigError, DataError, ValueError)  # what was asked for cannot be done; needs no traceback
+INPUT_ERRORS = (CheckpointError, ConfigError, DataError, ValueError)  # bad input: reported in one line, without a traceback
 
 
 def main(argv: list[str]) -> int:
     """Run the tool, and return its exit status."""
     parser = ToolParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add_model_flags(parser)
-    given = parser.add_mutually_exclusive_group(required=True)
-    given.add_argument("--prompt", action="append", help="text to go on from; may be given several times")
-    given.add_argument(
+    prompt_flags = parser.add_mutually_exclusive_group(required=True)
+    prompt_flags.add_argument("--prompt", action="append", help="text to continue; may be given several times")
+    prompt_flags.add_argument(
         "--prompt-file",
         type=non_empty_name,
-        help='prompts, one a line: plain text, or in a .jsonl file strings or {"prompt": ...}',
+        help='prompts, one per line: plain text, or in a .jsonl file strings or {"prompt": ...}',
     )
     parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens to write (default 64)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the most probable token (default 1)")
     parser.add_argument("--top-k", type=int, default=0, help="choose among the k most probable tokens; 0 is all")
-    parser.add_argument("--top-p", type=float, default=0.0, help="choose among the fewest tokens of this probability; 0 is all")
-    parser.add_argument("--beam-width", type=int, help="search this many most probable texts at once; the best is written")
-    parser.add_argument("--length-penalty", type=float, help="of the beam search: above 1 for long texts (default 1)")
-    parser.add_argument("--stop-token", type=int, help="the token that ends a text; default that of the tokenizer")
-    parser.add_argument("--seed", type=int, default=0, help="of the random choices (default 0)")
+    parser.add_argument(
+        "--top-p", type=float, default=0.0, help="choose among the most probable tokens up to this sum; 0 is all"
+    )
+    parser.add_argument("--beam-width", type=int, help="beam search with this many texts at once; the best is written")
+    parser.add_argument("--length-penalty", type=float, help="of the beam search: above 1 favors long texts (default 1)")
+    parser.add_argument("--stop-token", type=int, help="id of the token that ends a text; default the tokenizer's")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random choices (default 0)")
     parser.add_argument("--micro-batch-size", type=int, default=32, help="prompts that are continued together (default 32)")
     parser.add_argument("--no-cache", action="store_true", help="compute keys and values again for each token")
     args = parse_once(parser.parse_args, argv)
@@ -68,16 +70,16 @@ def main(argv: list[str]) -> int:
         choose_decoding(args.temperature, args.top_k, args.top_p, args.beam_width, args.length_penalty)
         prompts = args.prompt or read_prompts(Path(args.prompt_file))
         check_limits(args.max_new_tokens, args.micro_batch_size)
-        # A mistake in --load is said before the ranks meet.
+        # Report a mistake in --load before the ranks connect to each other.
         find_checkpoint(
             Path(args.load),
             args.load_iteration,
             lambda line: print(f"note: {line}", file=sys.stderr) if env.rank == 0 else None,
         )
-        with job(env, explain=lambda error, where: str(error) if isinstance(error, REFUSED) else None) as started:
-            own = device if env.world_size == 1 else started.device  # of several processes the job gives each its own
-            answers, notes = complete_prompts(args, started, grid, own, prompts)
-    except REFUSED as error:
+        with job(env, explain=lambda error, where: str(error) if isinstance(error, INPUT_ERRORS) else None) as started:
+            device = device if env.world_size == 1 else started.device  # with several processes, the job assigns each a device
+            answers, notes = complete_prompts(args, started, grid, device, prompts)
+    except INPUT_ERRORS as error:
         return report_refusal(error, env)
     if env.rank == 0:
         print(notes, end="", file=sys.stderr)
@@ -94,17 +96,17 @@ def complete_prompts(
     """Complete each prompt. Collective.
 
     Args:
-        args: the command line.
-        started: this process's job.
-        grid: over which the model is cut.
-        device: of this process.
-        prompts: texts.
+        args: the parsed command line.
+        started: this process's running job.
+        grid: the ranks over which the model is sharded.
+        device: this process's device.
+        prompts: the prompts' texts.
 
     Returns:
-        Of each prompt the JSON object of its text, and notes for the user, each with a newline.
+        The JSON object of each prompt, in order, and notes for the user, each ending in a newline.
 
     Raises:
-        ValueError: for a --stop-token or a prompt that does not fit the model.
+        ValueError: --stop-token or a prompt does not fit the model.
     """
     mesh = Mesh.build(grid, started.env.rank, started.timeout, watch=started.watch)
     opened = open_pipeline(args.load, mesh, iteration=args.load_iteration, device=device)
@@ -136,7 +138,7 @@ def complete_prompts(
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Read one prompt a line; empty lines are left out. ValueError for a file without any, and for a line that is none."""
+    """Read one prompt per line, skipping empty lines; ValueError if there is none, or for an invalid line."""
     try:
         lines = read_text(path, MAX_PROMPTS_BYTES, pipes=True).split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -150,13 +152,13 @@ def read_prompts(path: Path) -> list[str]:
             try:
                 prompt = parse_json(line)
             except ValueError as error:
-                raise ValueError(f"--prompt-file {path}, line {number} is no JSON: {error}") from error
+                raise ValueError(f"--prompt-file {path}, line {number} is not JSON: {error}") from error
             prompt = prompt.get("prompt") if isinstance(prompt, dict) else prompt
         if not isinstance(prompt, str):
             raise ValueError(f'--prompt-file {path}, line {number} is neither a string nor an object with "prompt"')
         prompts.append(prompt)
     if not prompts:
-        raise ValueError(f"--prompt-file {path} holds no prompts")
+        raise ValueError(f"--prompt-file {path} has no prompts")
     return prompts
 
 

@@ -1,10 +1,10 @@
-"""A Hugging Face directory, GPT-2, Llama's family or MegatronBert -> a checkpoint of ours, weights only, with the tokenizer.
+"""Import the weights and the tokenizer of a Hugging Face directory (GPT-2, Llama's family or MegatronBert) as a checkpoint.
 
     python tools/import_hf.py --input gpt2-medium --save runs/gpt
     torchrun --nproc_per_node 4 pretrain_gpt.py --load runs/gpt --finetune --use-checkpoint-args ...
 
-Reads config.json and safetensors; pickled weights (.bin) are refused. Where transformers is installed, it opens the same
-directory, and the logits of both models are compared. Exit status: 0 done; 2 bad input; 1 a failure, or logits that differ.
+Reads config.json and safetensors; pickled weights (.bin) are refused. If transformers is installed, the logits of its model
+and of the imported one are compared. Exit status: 0 done; 2 bad input; 1 a failure, or the logits differ.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # import this checkout even if it is not installed
 
 from megatron.launch.entry import loading, run_main
 
@@ -34,8 +34,8 @@ def parse_arguments() -> argparse.Namespace:
         "--vocab-size",
         type=int,
         metavar="N",
-        help="rows of the vocabulary: the first N, where more are padding, or all and new ones, each the mean of those that "
-        "are there, so that new tokens can be trained; default all that are there",
+        help="vocabulary rows of the checkpoint: fewer than in the directory drops the last ones (padding), more adds rows for "
+        "new tokens, each the mean of the existing ones; default as in the directory",
     )
     parser.add_argument(
         "--no-tokenizer", dest="tokenizer", action="store_false", help="import the weights without the directory's tokenizer"
@@ -47,14 +47,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def print_note(line: str) -> None:
-    """Print a line that is no error to standard error."""
+    """Print a note for the user to standard error."""
     print(f"note: {line}", file=sys.stderr)
 
 
 def main() -> int:
     """Run the tool, and return its exit status."""
-    given = parse_arguments()
-    os.environ["HF_HUB_OFFLINE"] = "1"  # everything is local; transformers must not look further
+    args = parse_arguments()
+    os.environ["HF_HUB_OFFLINE"] = "1"  # all files are local; transformers must not use the network
 
     from megatron.checkpoint.layout import CheckpointError
     from megatron.data.errors import DataError
@@ -68,25 +68,23 @@ def main() -> int:
     from megatron.interop.whole_tensors import check_save_root
 
     try:
-        check_folder("--save", given.save, [given.input])
-        check_save_root(given.save, 0)  # before the work, not after it
-        config, weights = read_hf(given.input, say=print_note)
+        check_folder("--save", args.save, [args.input])
+        check_save_root(args.save, 0)  # fail before the import, not after it
+        config, weights = read_hf(args.input, say=print_note)
         check_weights(config, weights)
-        tokenizer = import_tokenizer(given.input, print_note) if given.tokenizer else None
+        tokenizer = import_tokenizer(args.input, print_note) if args.tokenizer else None
         print(
-            compare_with_source(given.input, config, weights)
-            if given.verify
-            else "not compared with transformers (--no-verify)"
+            compare_with_source(args.input, config, weights) if args.verify else "not compared with transformers (--no-verify)"
         )
-        if given.vocab_size is not None:
-            config, weights = replace(config, vocab_size=given.vocab_size), resize_vocabulary(weights, given.vocab_size)
-        kept = read_side_files(given.input, tokenizer=tokenizer is not None)
-        made = write_imported(given.save, config, weights, tokenizer, kept=kept)
+        if args.vocab_size is not None:
+            config, weights = replace(config, vocab_size=args.vocab_size), resize_vocabulary(weights, args.vocab_size)
+        side_files = read_side_files(args.input, tokenizer=tokenizer is not None)
+        written = write_imported(args.save, config, weights, tokenizer, kept=side_files)
     except (OutputError, CheckpointError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except LogitsError as error:
-        print(f"error: {given.input}: {error}; --no-verify imports it without this comparison", file=sys.stderr)
+        print(f"error: {args.input}: {error}; --no-verify imports it without this comparison", file=sys.stderr)
         return 1
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -94,9 +92,9 @@ def main() -> int:
     if tokenizer is not None:
         if line := vocabulary_mismatch(config, tokenizer):
             print_note(line)
-    elif given.tokenizer:
-        print_note("there are no files of a tokenizer that is known, so the checkpoint has no tokenizer")
-    print(f"imported {given.input} to {made}: {sum(t.numel() for t in weights.values()):,} parameters")
+    elif args.tokenizer:
+        print_note("the directory has no files of a known tokenizer, so the checkpoint has no tokenizer")
+    print(f"imported {args.input} to {written}: {sum(t.numel() for t in weights.values()):,} parameters")
     return 0
 
 

@@ -1,8 +1,8 @@
-"""Show what a checkpoint holds: its iteration, configuration, scalars, tensors and files.
+"""Show the contents of a checkpoint: its iteration, configuration, scalars, tensors and files.
 
     python tools/inspect_checkpoint.py runs/gpt [--json]
 
-Exit status: 0; 2 there is no readable checkpoint.
+Exit status: 0 done; 2 there is no readable checkpoint.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # import this checkout even if it is not installed
 
 from megatron.launch.entry import loading, run_main
 
@@ -25,7 +25,7 @@ with loading():
 
 
 def describe_checkpoint(directory: Path) -> dict[str, Any]:
-    """Return everything but the tensors' values, as the JSON object that --json prints. CheckpointError when damaged."""
+    """Return everything except the tensors' values as the JSON object that --json prints; CheckpointError if it is damaged."""
     manifest = read_manifest(directory)
     return {
         "directory": str(directory),
@@ -42,17 +42,17 @@ def describe_checkpoint(directory: Path) -> dict[str, Any]:
 
 
 def format_checkpoint(checkpoint: dict[str, Any], others: list[int]) -> list[str]:
-    """Return the same as lines for people. others: the iterations beside it."""
+    """Format a description as lines of text. `others` are the other iterations in the same directory."""
     counts = f"{checkpoint['parameters']:,} parameters, {checkpoint['bytes']:,} bytes"
     lines = [
         f"{checkpoint['directory']}: iteration {checkpoint['iteration']}, {counts}",
-        f"iterations beside it: {', '.join(map(str, others)) or 'none'}",
+        f"other iterations: {', '.join(map(str, others)) or 'none'}",
         "",
     ]
     for section, values in checkpoint["config"].items():
-        listed = values.items() if isinstance(values, dict) else [("", values)]
-        set_ones = ", ".join(f"{k} {v}" for k, v in listed if v not in (None, [], ""))
-        lines.append(f"config {section}: {set_ones}")
+        items = values.items() if isinstance(values, dict) else [("", values)]
+        settings = ", ".join(f"{k} {v}" for k, v in items if v not in (None, [], ""))
+        lines.append(f"config {section}: {settings}")
     lines += [f"state {part}: {json.dumps(values)}" for part, values in checkpoint["state"].items()]
     lines.append("")
     width = max(map(len, checkpoint["tensors"]), default=0)
@@ -72,15 +72,15 @@ def main() -> int:
     )
     parser.add_argument("--load-iteration", type=int, metavar="N", help="which iteration; default the latest")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    given = parser.parse_args()
+    args = parser.parse_args()
     try:
-        directory = find_checkpoint(given.directory, given.load_iteration, lambda line: print(f"note: {line}", file=sys.stderr))
+        directory = find_checkpoint(args.directory, args.load_iteration, lambda line: print(f"note: {line}", file=sys.stderr))
         checkpoint = describe_checkpoint(directory)
     except CheckpointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    beside = [n for n in iteration_directories(directory.parent) if n != checkpoint["iteration"]]
-    print(json.dumps(checkpoint, indent=1) if given.json else "\n".join(format_checkpoint(checkpoint, beside)))
+    others = [n for n in iteration_directories(directory.parent) if n != checkpoint["iteration"]]
+    print(json.dumps(checkpoint, indent=1) if args.json else "\n".join(format_checkpoint(checkpoint, others)))
     return 0
 
 

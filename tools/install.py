@@ -1,10 +1,10 @@
-"""Install the package and what its tests need: into a new environment, or what is missing into the Python at hand.
+"""Install the package and the requirements of its tests, into a virtual environment or into the running Python.
 
-    python3 tools/install.py --venv .venv      create the environment, install the versions of constraints.txt
-    python3 tools/install.py --venv system     the Python that runs this: add only what it lacks, never torch
+    python3 tools/install.py --venv .venv      create the environment, and install the versions of constraints.txt
+    python3 tools/install.py --venv system     install only missing packages, never torch, into the running Python
 
-Runs before anything is installed, so it uses the standard library alone, and no syntax newer than its own version test.
-When nothing changed since the last time it returns at once.
+This runs before anything is installed, so it uses only the standard library, and no syntax that an old Python cannot parse
+before it reaches `check_version`. If an environment is up to date, it does nothing.
 """
 
 import argparse
@@ -18,15 +18,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MIN_PYTHON = (3, 11)
-MAX_PYTHON = (3, 14)  # the last one that the torch of constraints.txt has builds for
+MAX_PYTHON = (3, 14)  # the newest for which constraints.txt's version of torch has builds
 
 
 class InstallError(Exception):
-    """The installation cannot be made; the message says why."""
+    """The installation failed; the message gives the reason."""
 
 
 def pip(python, *arguments):
-    """Run pip quietly. InstallError with its own output when it fails."""
+    """Run pip without showing its output; if it fails, InstallError has the output."""
     command = [str(python), "-m", "pip", "--disable-pip-version-check", "--no-input", *map(str, arguments)]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=ROOT, check=False)
     if done.returncode:
@@ -34,18 +34,18 @@ def pip(python, *arguments):
 
 
 def has_pip(python):
-    """Return whether `python` is there and can install; a half-made environment cannot."""
+    """Return whether `python` exists and has pip, which an incomplete environment may lack."""
     command = [str(python), "-m", "pip", "--version"]
     return python.exists() and subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def say(text):
-    """Print a line at once."""
+    """Print a line and flush it."""
     print(text, flush=True)
 
 
 def installation_digest(python_version):
-    """Return a text that changes whenever an installation would come out differently."""
+    """Return a digest of everything that determines an installation."""
     digest = hashlib.sha256(f"{python_version} {ROOT}".encode())
     for name in ("pyproject.toml", "constraints.txt", "tools/install.py"):
         digest.update((ROOT / name).read_bytes())
@@ -53,8 +53,11 @@ def installation_digest(python_version):
 
 
 def check_version(venv):
-    """Return why the Python that runs this will not do, in one line, or None. With `system` its torch is there already."""
-    found = ".".join(map(str, sys.version_info[:3]))
+    """Return why the running Python is unsuitable, in one line; None if it is suitable.
+
+    With `system`, new versions of Python are accepted, since torch is already installed.
+    """
+    running = ".".join(map(str, sys.version_info[:3]))
     torch = re.search("torch==(.*)", (ROOT / "constraints.txt").read_text(encoding="utf-8"))[1]
     oldest, newest = (".".join(map(str, version)) for version in (MIN_PYTHON, MAX_PYTHON))
     text = None
@@ -62,29 +65,29 @@ def check_version(venv):
         text = f"Python {oldest} or newer is needed"
     elif venv != "system" and sys.version_info[:2] > MAX_PYTHON:
         text = f"torch {torch} needs Python {oldest} to {newest}"
-    return text and f"{text}, {sys.executable} is {found}; name another: make PYTHON=python3.12 ..."
+    return text and f"{text}, {sys.executable} is {running}; name another: make PYTHON=python3.12 ..."
 
 
 def check_same_python(venv, python):
-    """Refuse an environment of another Python: it keeps the one that created it, and ours would be passed over in silence."""
-    ask = "import sys; print('{}.{}'.format(*sys.version_info))"
-    done = subprocess.run([str(python), "-c", ask], capture_output=True, text=True, check=False)
-    asked = "{}.{}".format(*sys.version_info)
-    if done.returncode == 0 and done.stdout.strip() != asked:
+    """Raise InstallError if an existing environment has another Python version than the running one, which it would not use."""
+    code = "import sys; print('{}.{}'.format(*sys.version_info))"
+    done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False)
+    running = "{}.{}".format(*sys.version_info)
+    if done.returncode == 0 and done.stdout.strip() != running:
         raise InstallError(
-            f"{venv} is an environment of Python {done.stdout.strip()}, and {sys.executable} is {asked}; "
-            f"name another environment: make VENV=.venvs/{asked} ..., or remove {venv}"
+            f"{venv} is an environment of Python {done.stdout.strip()}, and {sys.executable} is {running}; "
+            f"name another environment: make VENV=.venvs/{running} ..., or remove {venv}"
         )
 
 
 def install_in_venv(venv):
-    """Create `venv` if need be and install everything into it."""
+    """Create the environment if it does not exist, and install everything into it."""
     python = venv / ("Scripts" if os.name == "nt" else "bin") / "python"
     if python.exists():
         check_same_python(venv, python)
-    stamp = venv / "megatron-installed"
-    wanted = installation_digest(sys.version)
-    if python.exists() and stamp.exists() and stamp.read_text() == wanted:
+    stamp = venv / "megatron-installed"  # contains the digest of the last complete installation
+    digest = installation_digest(sys.version)
+    if python.exists() and stamp.exists() and stamp.read_text() == digest:
         return
     if not has_pip(python):
         say(f"creating {venv}")
@@ -92,61 +95,61 @@ def install_in_venv(venv):
         if done.returncode:
             advice = "cannot create an environment (on Debian and Ubuntu: install python3-venv)"
             raise InstallError(f"{done.stdout}{done.stderr}\n{sys.executable} {advice}")
-    # torch first, at its exact version: a resolver that may choose takes a build of several gigabytes.
+    # torch first, at its exact version: otherwise pip's resolver may choose a build of several gigabytes.
     say("installing torch (the large download)")
     pip(python, "install", "-c", "constraints.txt", "torch", "setuptools")
-    say("installing megatron and its other needs")
-    if has_old_name(python):  # or one project would be there twice
+    say("installing megatron and its other requirements")
+    if has_old_name(python):  # otherwise the project would be installed twice
         pip(python, "uninstall", "--yes", OLD_NAME)
     pip(python, "install", "-c", "constraints.txt", "-e", ".[dev]")
-    stamp.write_text(wanted)
+    stamp.write_text(digest)
 
 
 def distribution_name(requirement):
-    """Return the bare, normalised name of `tokenizers>=0.20` or `megatron-plain[hf]`."""
+    """Return the normalized package name in a requirement such as `tokenizers>=0.20` or `megatron-plain[hf]`."""
     name = "".join(c if c.isalnum() or c in "-_." else " " for c in requirement).split()[0]
     return name.lower().replace("_", "-").replace(".", "-")
 
 
 def list_requirements(extra, project):
-    """Yield the requirements of an extra and of those that it names in turn, as `NAME[hf,zstd]` of this very project."""
+    """Yield the requirements of an extra, and recursively those of other extras that it names as `PROJECT[hf,zstd]`."""
     for requirement in project["optional-dependencies"][extra]:
-        named = re.match(re.escape(project["name"]) + r"\[(.*)\]", requirement)
-        if named is None:
+        other_extras = re.match(re.escape(project["name"]) + r"\[(.*)\]", requirement)
+        if other_extras is None:
             yield requirement
-        for other in named[1].split(",") if named else ():
+        for other in other_extras[1].split(",") if other_extras else ():
             yield from list_requirements(other.strip(), project)
 
 
-OLD_NAME = "megatron"  # under which earlier versions of this project were installed
+OLD_NAME = "megatron"  # package name of earlier versions of this project
 
 
 def has_old_name(python):
-    """Return whether this checkout is installed under its old name. A package of that name from elsewhere is another."""
+    """Return whether this checkout is installed under its old name. Other packages of that name do not count."""
     code = "from importlib.metadata import distribution as d; print(d('" + OLD_NAME + "').read_text('direct_url.json') or '')"
     found = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False)
     return '"' + ROOT.as_uri() + '"' in found.stdout
 
 
 def install_in_place():
-    """Add to the running Python what it lacks. Everything it has keeps its version."""
-    import tomllib  # neither is there in the old versions that main() has ruled out by now
+    """Install missing packages into the running Python; installed packages keep their versions."""
+    import tomllib  # these do not exist in the old versions that `check_version` has refused
     from importlib import metadata
 
     present = {distribution_name(d.metadata["Name"]): d.version for d in metadata.distributions() if d.metadata["Name"]}
     if "torch" not in present:
-        raise InstallError(f"VENV=system uses the torch of {sys.executable}, which has none; install it, or leave VENV= away")
+        raise InstallError(f"VENV=system uses the torch of {sys.executable}, which has none; install it, or leave out VENV=")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    listed = [*project["dependencies"], *list_requirements("dev", project)]
-    missing = [r for r in listed if distribution_name(r) != project["name"] and distribution_name(r) not in present]
+    requirements = [*project["dependencies"], *list_requirements("dev", project)]
+    missing = [r for r in requirements if distribution_name(r) != project["name"] and distribution_name(r) not in present]
     if missing:
         say("installing " + ", ".join(sorted({distribution_name(r) for r in missing})))
         pins = [line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if "==" in line]
-        kept = [pin for pin in pins if distribution_name(pin) not in present]
-        kept += [f"{name}=={version}" for name, version in sorted(present.items()) if name != project["name"]]
+        constraint_lines = [pin for pin in pins if distribution_name(pin) not in present]
+        constraint_lines += [f"{name}=={version}" for name, version in sorted(present.items()) if name != project["name"]]
         with tempfile.TemporaryDirectory() as folder:
             constraints = Path(folder) / "constraints.txt"
-            constraints.write_text("\n".join(kept) + "\n", encoding="utf-8")
+            constraints.write_text("\n".join(constraint_lines) + "\n", encoding="utf-8")
             pip(sys.executable, "install", "-c", constraints, *missing)
     if project["name"] not in present and not has_old_name(sys.executable):
         say("installing megatron")
@@ -158,9 +161,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--venv", default=".venv", help="directory of the environment, or `system`")
     venv = parser.parse_args().venv
-    unfit = check_version(venv)
-    if unfit:
-        print(f"error: {unfit}", file=sys.stderr)
+    reason = check_version(venv)
+    if reason:
+        print(f"error: {reason}", file=sys.stderr)
         return 2
     try:
         if venv == "system":

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Join indexed datasets, in the order given, into one."""
+"""Concatenate indexed datasets, in the given order, into one."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # import this checkout even if it is not installed
 
 from megatron.launch.entry import loading, run_main
 
@@ -26,13 +26,13 @@ def main(argv: list[str] | None = None) -> int:
         required=True,
         nargs="+",
         metavar="DIR_OR_PREFIX",
-        help="prefixes, or a directory for all in it",
+        help="prefixes, or a directory for all datasets in it",
     )
-    parser.add_argument("--output-prefix", type=non_empty_name, required=True, help="path of the output, without its ending")
+    parser.add_argument("--output-prefix", type=non_empty_name, required=True, help="output path, without .bin and .idx")
     args = parser.parse_args(argv)
     prefixes = find_prefixes(args.input)
-    joined = merge_datasets(prefixes, args.output_prefix)
-    print(f"{args.output_prefix}: {len(prefixes)} datasets, {joined.document_count} documents, {joined.token_count} tokens")
+    merged = merge_datasets(prefixes, args.output_prefix)
+    print(f"{args.output_prefix}: {len(prefixes)} datasets, {merged.document_count} documents, {merged.token_count} tokens")
     return 0
 
 

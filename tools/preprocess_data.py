@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Turn JSON lines into indexed datasets: PREFIX_text_document.bin and .idx, in Megatron-LM's format."""
+"""Tokenize JSON lines into indexed datasets: PREFIX_text_document.bin and .idx, in Megatron-LM's format."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # import this checkout even if it is not installed
 
 from megatron.launch.entry import loading, run_main
 
@@ -31,11 +31,16 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         nargs="+",
         metavar="FILE",
-        help="JSON lines, plain or packed (gzip, zstandard, bzip2, xz); globs too",
+        help="JSON lines, plain or compressed (gzip, zstandard, bzip2, xz); glob patterns, too",
     )
-    parser.add_argument("--output-prefix", type=non_empty_name, required=True, help="path of the output, without its ending")
+    parser.add_argument("--output-prefix", type=non_empty_name, required=True, help="output path, without .bin and .idx")
     parser.add_argument(
-        "--json-keys", "--json-key", nargs="+", default=["text"], metavar="KEY", help="keys to read, each to its own dataset"
+        "--json-keys",
+        "--json-key",
+        nargs="+",
+        default=["text"],
+        metavar="KEY",
+        help="keys to read, each to its own dataset",
     )
     add_tokenizer_flags(parser)
     parser.add_argument("--append-eod", action="store_true", help="end each document with the tokenizer's end of document")
@@ -43,18 +48,18 @@ def build_parser() -> argparse.ArgumentParser:
         "--special-tokens-in-text",
         choices=("ids", "plain"),
         default="ids",
-        help="ids: a special token that stands in a text, such as <|endoftext|>, gets its id; plain: it is text as any other",
+        help="ids: a special token in a text, such as <|endoftext|>, gets its id; plain: it is tokenized as ordinary text",
     )
-    parser.add_argument("--split-sentences", action="store_true", help="one sequence per sentence, as BERT needs it")
+    parser.add_argument("--split-sentences", action="store_true", help="store one sequence per sentence, as BERT needs")
     parser.add_argument(
-        "--keep-newlines", action="store_true", help="with --split-sentences, keep the white space between them"
+        "--keep-newlines", action="store_true", help="with --split-sentences, keep the white space between sentences"
     )
     parser.add_argument("--workers", type=int, default=1, help="processes that tokenize; the output is the same for any number")
     parser.add_argument(
         "--on-bad-line",
         choices=("error", "skip"),
         default="error",
-        help="of a line that is no JSON object with text under each key, or whose text the tokenizer refuses; "
+        help="what to do with a line that is not a JSON object with text under each key, or whose text the tokenizer refuses; "
         "skip: count it, and write it to PREFIX.bad.jsonl",
     )
     parser.add_argument("--log-interval", type=int, default=1000, help="documents between progress lines")
@@ -67,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class Progress:
-    """A line about progress that is rewritten on a terminal, plain lines elsewhere. interval: documents between lines."""
+    """Prints progress to standard error every `interval` documents; on a terminal, each line overwrites the last one."""
 
     def __init__(self, interval: int) -> None:
         self.interval, self.next, self.on_terminal = max(interval, 1), max(interval, 1), sys.stderr.isatty()
@@ -75,7 +80,7 @@ class Progress:
     def __call__(self, totals: PreprocessTotals) -> None:
         if totals.documents < self.next:
             return
-        self.next = totals.documents - totals.documents % self.interval + self.interval  # documents come in batches
+        self.next = totals.documents - totals.documents % self.interval + self.interval  # documents are reported in batches
         rate, mb = totals.documents / max(totals.seconds, 1e-9), totals.size / max(totals.seconds, 1e-9) / 1e6
         line = f"Processed {totals.documents} documents ({rate:.1f} docs/s, {mb:.2f} MB/s)."
         print(
@@ -83,7 +88,7 @@ class Progress:
         )
 
     def end(self) -> None:
-        """Leave the line of progress on a terminal."""
+        """End the progress line on a terminal, so that later output does not overwrite it."""
         if self.on_terminal:
             print(file=sys.stderr)
 
@@ -116,18 +121,19 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{counts}, {totals.seconds:.1f} s")
     if not args.append_eod and not args.split_sentences:
         print(
-            f"warning: no end of document after these {totals.documents} documents; for GPT add --append-eod", file=sys.stderr
+            f"warning: no end-of-document tokens in these {totals.documents} documents; for GPT add --append-eod",
+            file=sys.stderr,
         )
     return 0
 
 
 def raise_interrupt(number: int, _: object) -> None:
-    """Unwind at a request to stop as at an interrupt, so that temporary files go."""
+    """Handle SIGTERM like Ctrl-C, so that temporary files are removed."""
     raise KeyboardInterrupt(number)
 
 
 def run_tool() -> int:
-    """Return the exit status of the tool; mistakes are said in a line."""
+    """Run the tool and return its exit status; report errors in one line."""
     try:
         return main()
     except (DataError, OutputError) as error:

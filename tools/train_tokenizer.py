@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # import this checkout even if it is not installed
 
 from megatron.launch.entry import loading, run_main
 
@@ -17,7 +17,7 @@ with loading():
     from megatron.files.outputs import OutputError
     from megatron.launch.tool_parser import ToolParser, non_empty_name
 
-FILES = {  # that are written, by --tokenizer-type
+OUTPUT_FILES = {  # by --tokenizer-type
     "GPT2BPETokenizer": "tokenizer.json, vocab.json and merges.txt",
     "BertWordPieceLowerCase": "vocab.txt",
     "BertWordPieceCase": "vocab.txt",
@@ -33,16 +33,22 @@ def main(argv: list[str] | None = None) -> int:
         required=True,
         nargs="+",
         metavar="FILE",
-        help="JSON lines, or plain text as .txt; also packed (gzip, zstandard, bzip2, xz)",
+        help="JSON lines, or plain text as .txt; also compressed (gzip, zstandard, bzip2, xz)",
     )
     parser.add_argument(
         "--json-keys", "--json-key", nargs="+", default=["text"], metavar="KEY", help="keys of the JSON objects to read"
     )
     parser.add_argument(
-        "--tokenizer-type", choices=list(FILES), default="GPT2BPETokenizer", help="what it is for (default GPT2BPETokenizer)"
+        "--tokenizer-type",
+        choices=list(OUTPUT_FILES),
+        default="GPT2BPETokenizer",
+        help="kind of tokenizer (default GPT2BPETokenizer)",
     )
     parser.add_argument(
-        "--vocab-size", required=True, type=int, help="ids, with the 256 bytes and <|endoftext|>, or BERT's special tokens"
+        "--vocab-size",
+        required=True,
+        type=int,
+        help="ids, including the 256 bytes and <|endoftext|>, or BERT's special tokens",
     )
     parser.add_argument("--output", type=non_empty_name, required=True, metavar="DIR", help="directory for the files")
     args = parser.parse_args(argv)
@@ -53,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         size = train_wordpiece(args.input, args.json_keys, args.vocab_size, args.output, lower_case=lower_case)
     if size < args.vocab_size:
         print(f"warning: the text gives only {size} of {args.vocab_size} ids", file=sys.stderr)
-    print(f"{args.output}: {FILES[args.tokenizer_type]} with {size} ids")
+    print(f"{args.output}: {OUTPUT_FILES[args.tokenizer_type]} with {size} ids")
     return 0
 
 

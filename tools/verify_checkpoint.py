@@ -1,9 +1,9 @@
-"""Compare every byte of a checkpoint with its manifest.
+"""Verify the size and checksum of every file of a checkpoint against its manifest.
 
-    python tools/verify_checkpoint.py runs/gpt                  the latest
-    python tools/verify_checkpoint.py runs/gpt/iter_0000100     this one
+    python tools/verify_checkpoint.py runs/gpt                  the latest checkpoint
+    python tools/verify_checkpoint.py runs/gpt/iter_0000100     this checkpoint
 
-Exit status: 0 whole; 1 damaged, with the file named; 2 there is no checkpoint.
+Exit status: 0 undamaged; 1 damaged, with the name of the file; 2 there is no checkpoint.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # import this checkout even if it is not installed
 
 from megatron.launch.entry import loading, run_main
 
@@ -29,10 +29,10 @@ def main() -> int:
         "directory", type=non_empty_path, metavar="DIR", help="directory of checkpoints, or one iter_ directory"
     )
     parser.add_argument("--load-iteration", type=int, metavar="N", help="which iteration; default the latest")
-    given = parser.parse_args()
+    args = parser.parse_args()
     try:
         report = lambda line: print(f"note: {line}", file=sys.stderr)  # noqa: E731
-        directory = find_checkpoint(given.directory, given.load_iteration, report, skip_damaged=False)
+        directory = find_checkpoint(args.directory, args.load_iteration, report, skip_damaged=False)
         manifest = verify(directory)
     except CheckpointError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -72,7 +72,7 @@ def test_export_import_export_gives_the_same_bytes(tmp_path, monkeypatch, capsys
     write_imported(tmp_path / "ours", config, weights, iteration=10)
     cut = ("--target-tensor-parallel-size", tp, "--target-pipeline-parallel-size", pp)
     assert tool("export_megatron.py", monkeypatch, "--load", tmp_path / "ours", "--save", tmp_path / "theirs", *cut) == 0
-    assert ("masked-word head has the exact GELU there" in capsys.readouterr().err) == (config.architecture == "bert")
+    assert ("masked-word head uses the exact GELU" in capsys.readouterr().err) == (config.architecture == "bert")
     names = {f"mp_rank_{t:02d}" if pp == 1 else f"mp_rank_{t:02d}_{p:03d}" for t in range(tp) for p in range(pp)}
     assert {p.name for p in (tmp_path / "theirs" / "iter_0000010").iterdir()} == names
     assert tool("import_megatron.py", monkeypatch, "--load", tmp_path / "theirs", "--save", tmp_path / "back") == 0

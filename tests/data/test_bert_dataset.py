@@ -383,5 +383,5 @@ def test_the_inspector_shows_what_training_reads(tmp_path: Path, tokenizer, caps
         tool["main"]([prefix, *flags, "--seq-length", "32", "--mask-prob", "2"])
     with pytest.raises(tool["DataError"], match=r"--seq-length 4 is too short"):
         tool["main"]([prefix, *flags, "--seq-length", "4"])
-    with pytest.raises(tool["DataError"], match=r"--model bert needs the tokenizer"):
+    with pytest.raises(tool["DataError"], match=r"--model bert needs a tokenizer"):
         tool["main"]([prefix, *flags[:6], "--seq-length", "16"])

@@ -88,7 +88,7 @@ def test_links_that_lead_nowhere_are_found(tmp_path: Path) -> None:
     (tmp_path / "b.html").write_text('<h1 id="here"></h1><a href="#gone"></a><a href="a.html"></a>')
     assert list(broken_links(tmp_path)) == [
         "a.html: b.html#gone has no such anchor",
-        "a.html: c.svg is not there",
+        "a.html: c.svg does not exist",
         "b.html: #gone has no such anchor",
     ]
 
@@ -107,5 +107,5 @@ def test_a_directory_that_is_no_documentation_is_left_alone(tmp_path: Path) -> N
     (tmp_path / "mine.txt").write_text("mine")
     command = [os.environ["WARM_PYTHON"], str(ROOT / "tools" / "build_docs.py"), "--output", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "is no documentation" in done.stderr
+    assert done.returncode == 2 and "is not a built documentation" in done.stderr
     assert (tmp_path / "mine.txt").exists()

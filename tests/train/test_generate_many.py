@@ -278,8 +278,8 @@ def test_the_tool_refuses_bad_requests(tool, flags, message, capsys):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("p.txt", "\n", "holds no prompts"),
-        ("p.jsonl", '"a"\n{', "line 2 is no JSON"),
+        ("p.txt", "\n", "has no prompts"),
+        ("p.jsonl", '"a"\n{', "line 2 is not JSON"),
         ("p.jsonl", '{"text": "a"}', "line 1 is neither"),
     ],
 )
