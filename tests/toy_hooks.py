@@ -29,8 +29,8 @@ class Tally(Sink):
     def evaluation(self, result: Evaluation, title: str) -> None:
         self.told["evaluations"].append([result.iteration, result.split])
 
-    def close(self, ended: Outcome) -> None:
-        self.path.write_text(json.dumps(self.told | {"ended": ended}))
+    def close(self, outcome: Outcome) -> None:
+        self.path.write_text(json.dumps(self.told | {"ended": outcome}))
 
 
 class EmbeddingNorm(Hook):

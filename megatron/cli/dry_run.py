@@ -140,7 +140,7 @@ def _inspect_datasets(config: RunConfig, tokenizer: Tokenizer | None, problems: 
 def _inspect_checkpoint(config: RunConfig, world_size: int, problems: list[Problem]) -> list[str]:
     """Check the checkpoint to start from and --save, and return lines of the report. Appends mistakes to `problems`."""
     from megatron.checkpoint.layout import CheckpointError, read_config
-    from megatron.train.resume import find_source, weights_alone
+    from megatron.train.resume import find_source, weights_only_problems
     from megatron.train.resumed_schedule import check_schedule
     from megatron.train.save_directory import check_save
 
@@ -156,7 +156,7 @@ def _inspect_checkpoint(config: RunConfig, world_size: int, problems: list[Probl
         if not config.checkpoint.auto_resume:
             check_schedule(source, config)
         saved_model = from_json(read_config(source.directory)).model
-        problems.extend(weights_alone(source))
+        problems.extend(weights_only_problems(source))
     except CheckpointError as error:
         problems.append(Problem(what, f"cannot be loaded: {error}"))
         return []

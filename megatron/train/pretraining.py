@@ -1,6 +1,6 @@
-"""Pretrain as a valid command says: open tokenizer, checkpoint and datasets, then build the run, train and evaluate.
+"""Pretrain by a valid command: open tokenizer, checkpoint and datasets, then build the run, train and evaluate.
 
-Mistakes in the inputs are found before the process group forms, and reported once.
+Errors in the inputs are found before the process group forms, and reported once.
 """
 
 from __future__ import annotations
@@ -73,14 +73,14 @@ class Prepared:
 
     Attributes:
         config: the resolved configuration.
-        notes: lines to print for the user.
+        notes: lines to print for the user at the start.
         tokenizer: the tokenizer of the datasets.
-        source: the checkpoint, or the fresh start, that weights and counters come from.
+        source: the checkpoint that weights and counters are loaded from, or a fresh start.
         datasets: training, validation and test samples; None for a split that has none.
         collate: turns samples into a micro-batch.
-        scorer: for a fine-tuning run, returns the function that measures the task's score during training.
+        scorer: for a fine-tuning run, returns a function that computes and reports the task's score during training.
         score_interval: iterations between two scores.
-        final: evaluates the finished model; None for the validation and test losses.
+        final: evaluates the finished model; None to compute the validation and test losses.
         hooks: hooks of other packages.
     """
 
@@ -96,20 +96,20 @@ class Prepared:
     hooks: tuple[Hook, ...] = ()
 
 
-def start(parsed: Parsed, env: LaunchEnvironment, began: float, signals: StopSignals, early: EarlyStop) -> int:
+def start(parsed: Parsed, env: LaunchEnvironment, began: float, signals: StopSignals, early_stop: EarlyStop) -> int:
     """Pretrain a model; see `run_prepared`.
 
     Args:
         parsed: the parsed command line.
-        env: the launcher's description of this process.
-        began: start of the program, `time.monotonic()`.
+        env: this process's launch environment.
+        began: `time.monotonic()` at the start of the program.
         signals: the signals that ask the run to stop.
-        early: ends a run that is stopped before the ranks have joined.
+        early_stop: ends a run that is stopped before it can save.
 
     Returns:
         The exit status.
     """
-    return run_prepared(prepare_pretraining, parsed, env, began, signals, early)
+    return run_prepared(prepare_pretraining, parsed, env, began, signals, early_stop)
 
 
 def run_prepared(
@@ -118,25 +118,25 @@ def run_prepared(
     env: LaunchEnvironment,
     began: float,
     signals: StopSignals,
-    early: EarlyStop,
+    early_stop: EarlyStop,
 ) -> int:
     """Prepare the inputs on each rank, then run the job.
 
     Args:
-        prepare: opens the inputs of the run; raises InputError.
+        prepare: opens the inputs of the run; may raise InputError.
         parsed: the parsed command line.
-        env: the launcher's description of this process.
-        began: start of the program, `time.monotonic()`.
+        env: this process's launch environment.
+        began: `time.monotonic()` at the start of the program.
         signals: the signals that ask the run to stop.
-        early: ends a run that is stopped before the ranks have joined.
+        early_stop: ends a run that is stopped before it can save.
 
     Returns:
         The exit status.
     """
 
-    def run(prepared: Prepared, started: Job) -> int:
-        signals.hold()
-        return run_job(prepared, started, began, signals, early)
+    def run(prepared: Prepared, joined: Job) -> int:
+        signals.hold()  # from here on, requests to stop wait for the end of a step
+        return run_job(prepared, joined, began, signals, early_stop)
 
     def prepare_and_check(watch: Watchdog) -> Prepared:
         prepared = prepare(parsed, watch)
@@ -154,7 +154,7 @@ def run_prepared(
         config.layout,
         env,
         signals,
-        early,
+        early_stop,
         save=save_directory(config),
         compiled=config.batch.compile,
     )
@@ -168,10 +168,10 @@ def prepare_pretraining(parsed: Parsed, watch: Watchdog) -> Prepared:
     """
     with as_input_error():
         config = parsed.config
-        watch.waiting("reading the tokenizer")  # `waiting` phases have no time limit: opening large datasets may take long
+        watch.waiting("reading the tokenizer")  # phases of `waiting` have no time limit: opening a large dataset may take long
         tokenizer = build_tokenizer(config.tokenizer)
-        chosen, lines = adopt_dataset_roles(config.data, config.tokenizer, tokenizer)
-        config = replace(config, tokenizer=chosen, model=replace(config.model, vocab_size=tokenizer.vocab_size))
+        settings, lines = adopt_dataset_roles(config.data, config.tokenizer, tokenizer)
+        config = replace(config, tokenizer=settings, model=replace(config.model, vocab_size=tokenizer.vocab_size))
         watch.waiting("looking for a checkpoint")
         source = find_source(config.checkpoint)
         check_source(source, config)
@@ -190,62 +190,62 @@ def prepare_pretraining(parsed: Parsed, watch: Watchdog) -> Prepared:
     return Prepared(config, notes, tokenizer, source, datasets, recipe.collate)
 
 
-def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals, early: EarlyStop) -> int:
+def run_job(prepared: Prepared, joined: Job, began: float, signals: StopSignals, early_stop: EarlyStop) -> int:
     """Build the run, restore its state, train and evaluate. Collective.
 
     Args:
         prepared: this rank's inputs.
-        started: the job, whose ranks have joined.
-        began: start of the program, `time.monotonic()`.
+        joined: the job, whose ranks have joined.
+        began: `time.monotonic()` at the start of the program.
         signals: the signals that ask the run to stop.
-        early: holds the record of the run's slices.
+        early_stop: contains the record of the run's slices, and the advice on resuming.
 
     Returns:
         The exit status.
     """
-    prepared = replace(prepared, source=verify_source(prepared.source, prepared.config, started))
-    config, source, progress = prepared.config, prepared.source, early.progress
-    out, save = sys.stdout if started.is_main else None, save_directory(config)
-    announce(prepared, started, out)
-    run = build_restored(prepared, started, out)
+    prepared = replace(prepared, source=verify_source(prepared.source, prepared.config, joined))
+    config, source, progress = prepared.config, prepared.source, early_stop.progress
+    out, save = sys.stdout if joined.is_main else None, save_directory(config)
+    announce(prepared, joined, out)
+    run = build_restored(prepared, joined, out)
     continues, trained = continues_run(source, config), is_trained(source, run)
     if trained and (not continues or first_rank_decides(run, progress.finished == run.state.iteration)):
-        print_lines(out, f"iteration {run.state.iteration} is the last one already: nothing is left to train")
+        print_lines(out, f"iteration {run.state.iteration} is already the last one: nothing is left to train")
         return Exit.FINISHED
-    # Only after all ranks have loaded their checkpoint, so that a run that fails earlier has moved nothing.
+    # Only after all ranks have loaded the checkpoint, so that a run that fails before has moved no files.
     set_other_run_aside(run, source, out)
     warning = None if config.eval.skip_train else zero_rate_warning(run.schedule, run.state, config.batch)
-    print_lines(out, *filter(None, [warning]))
+    print_lines(out, warning)
     if config.log.profile_pipeline is not None:
         run.step = ProfiledStep(run, Path(config.log.profile_pipeline), partial(print_lines, out))
     evaluated = not (run.state.evaluation_due or trained)
     sinks = [] if out is None else open_run_sinks(run, source, out, continues=continues, evaluated=evaluated)
-    files = partial(inherited_assets, prepared.tokenizer, source.directory, partial(print_lines, out))
-    saver = Saver(run, files, partial(print_lines, out)) if save is not None else None
-    open_training, held_out = data_openers(run, prepared)
+    assets = partial(inherited_assets, prepared.tokenizer, source.directory, partial(print_lines, out))
+    saver = Saver(run, assets, partial(print_lines, out)) if save is not None else None
+    open_training_data, held_out = data_openers(run, prepared)
     training = Training(
         run,
-        None if open_training is None or config.eval.skip_train else open_training(),
+        None if open_training_data is None or config.eval.skip_train else open_training_data(),
         sinks,
-        Stopping(config, run.mesh, started.device, signals, began=began, save_seconds=lambda: saver.seconds if saver else 0.0),
+        Stopping(config, run.mesh, joined.device, signals, began=began, save_seconds=lambda: saver.seconds if saver else 0.0),
         start=run.state.iteration,
     )
     skips = SkipCounter()
     hooks = build_hooks(prepared, run, saver, progress, skips, held_out)
-    if started.is_main:
-        progress.note_start(started.env.job, iteration_in_tracker(save), started.env.attempt)
-    ending = Ending(training, saver, progress, skips, resume_advice=early.resume_advice, warning=warning)
+    if joined.is_main:
+        progress.note_start(joined.env.job, iteration_in_tracker(save), joined.env.attempt)
+    ending = Ending(training, saver, progress, skips, resume_advice=early_stop.resume_advice, warning=warning)
     return train_and_evaluate(training, hooks, prepared.final or partial(final_evaluations, splits=held_out), ending)
 
 
 def train_and_evaluate(training: Training, hooks: Sequence[Hook], final: Callable[[Training], None], ending: Ending) -> Exit:
-    """Train, evaluate the finished model, and end the run or this slice of it. Collective.
+    """Train, evaluate the finished model, and end the run or, on a request to stop, this slice of it. Collective.
 
     Args:
-        training: the run; its data and sinks are closed in any case.
+        training: the state of the training loop; its loader and sinks are closed in any case.
         hooks: called after every step, in this order.
         final: evaluates the finished model.
-        ending: writes the last checkpoint, and reports how the slice ended.
+        ending: saves the last checkpoint, and records how the slice ended.
     """
     outcome: Outcome = "failed"
     try:
@@ -255,7 +255,7 @@ def train_and_evaluate(training: Training, hooks: Sequence[Hook], final: Callabl
             final(training)
         status = ending.finish() if training.request.stop is None else ending.stop(training.request)
         outcome = "finished" if status is Exit.FINISHED else "preempted"
-    except TrainingError:  # raised on all ranks; a save under way may be the newest checkpoint to resume from
+    except TrainingError:  # raised on all ranks; a save in progress may become the checkpoint to resume from
         ending.finish_pending_save()
         raise
     finally:
@@ -272,7 +272,7 @@ def build_hooks(
     """Return the hooks of a run, in the order in which they are called after every step.
 
     Args:
-        prepared: holds the hooks of other packages, and the task's score.
+        prepared: contains the hooks of other packages, and the task's score.
         run: the run.
         saver: writes checkpoints; None without --save.
         progress: the record of the run's slices.
@@ -281,8 +281,8 @@ def build_hooks(
     """
     validation = next((samples for samples in held_out if samples.split == "validation"), None)
     score = None if prepared.scorer is None else prepared.scorer(run)
-    # The order matters: metrics of other packages before the log line, the error of a background save before the next save,
-    # the agreement on a stop before an evaluation that it would cut short, and the save last, when all requests are known.
+    # The order matters: hooks of other packages set metrics of the log line; the error of a background save comes before the
+    # next save; the agreement on a stop comes before an evaluation, which it cancels; the save comes last, with all requests.
     return [
         *prepared.hooks,
         LogSkips(skips),
@@ -296,20 +296,20 @@ def build_hooks(
     ]
 
 
-def build_restored(prepared: Prepared, started: Job, out: TextIO | None) -> Run:
-    """Build the run, and load the weights and counters that it starts from. Collective.
+def build_restored(prepared: Prepared, joined: Job, out: TextIO | None) -> Run:
+    """Build the run, and load its weights and counters from the source. Collective.
 
     Args:
-        prepared: holds the configuration, and the source of the weights.
-        started: the job.
+        prepared: contains the configuration, and the source of the weights.
+        joined: the job, whose ranks have joined.
         out: the console; None on all ranks but the first.
     """
     config, source = prepared.config, prepared.source
-    started.watch.waiting("building the model")
-    run = build_run(config, started, schedule=choose_schedule(source, config))
-    started.watch.waiting("loading the checkpoint")
-    if new := restore(source, run):
-        print_lines(out, f"new, from the seed: {', '.join(new)}")
+    joined.watch.waiting("building the model")
+    run = build_run(config, joined, schedule=choose_schedule(source, config))
+    joined.watch.waiting("loading the checkpoint")
+    if new_parameters := restore(source, run):
+        print_lines(out, f"not in the checkpoint, initialised from the seed: {', '.join(new_parameters)}")
     if prepared.datasets[0] is not None:
         run.state.order = order_marks(prepared.datasets[0], sample_counts(config)[0], config.data, config.batch.seed)
     print_lines(
@@ -318,41 +318,41 @@ def build_restored(prepared: Prepared, started: Job, out: TextIO | None) -> Run:
     return run
 
 
-def announce(prepared: Prepared, started: Job, out: TextIO | None) -> None:
-    """Print the first lines of a run: the source of its state, its devices, its layout.
+def announce(prepared: Prepared, joined: Job, out: TextIO | None) -> None:
+    """Print the first lines of a run, about the source of its state, its devices and its layout.
 
     Args:
-        prepared: holds the configuration, and the source of the state.
-        started: the job.
+        prepared: contains the configuration, and the source of the state.
+        joined: the job, whose ranks have joined.
         out: the console; None on all ranks but the first.
     """
     config, source = prepared.config, prepared.source
     layout, vocab = config.layout, config.model.known_vocab_size
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     padded = padded_vocab_size(vocab, tp, config.model.make_vocab_size_divisible_by)
-    order = order_differs(source.state.order, prepared.datasets[0], config.data, config.batch.seed)
+    other_order = order_differs(source.state.order, prepared.datasets[0], config.data, config.batch.seed)
     lines = [
         *source.lines,
-        *difference_table(source, config, order),
+        *difference_table(source, config, other_order),
         *prepared.notes,
-        started.describe(),
-        f"using world size: {started.env.world_size}, data-parallel-size: {started.env.world_size // (tp * pp)}, "
+        joined.describe(),
+        f"using world size: {joined.env.world_size}, data-parallel-size: {joined.env.world_size // (tp * pp)}, "
         f"tensor-model-parallel size: {tp}, pipeline-model-parallel size: {pp} ",
         f" > padded vocab (size: {vocab}) with {padded - vocab} dummy tokens (new size: {padded})",
-        *stage_table(config, Grid.from_layout(layout, started.env.world_size), plan_stages(config)),
+        *stage_table(config, Grid.from_layout(layout, joined.env.world_size), plan_stages(config)),
         " > throughput and MFU: " + describe_flops(MetaModel(config.model), config.data.seq_length),
     ]
     print_lines(out, *lines)
 
 
-Opener = Callable[[], MicroBatchLoader] | None
+Opener = Callable[[], MicroBatchLoader]
 
 
-def data_openers(run: Run, prepared: Prepared) -> tuple[Opener, list[HeldOut]]:
-    """Return a function that opens the training samples at the run's position, and the held-out samples of each split."""
+def data_openers(run: Run, prepared: Prepared) -> tuple[Opener | None, list[HeldOut]]:
+    """Return a function that opens the training data at the run's position, and the held-out samples of each split."""
     data, batch, dp = run.config.data, run.config.batch, run.mesh.dp
 
-    def opener(dataset: SampleSource, name: str, consumed: int = 0, *, cyclic: bool = False) -> Callable[[], MicroBatchLoader]:
+    def make_opener(dataset: SampleSource, name: str, consumed: int = 0, *, cyclic: bool = False) -> Opener:
         return lambda: MicroBatchLoader(
             dataset,
             prepared.collate,
@@ -369,8 +369,8 @@ def data_openers(run: Run, prepared: Prepared) -> tuple[Opener, list[HeldOut]]:
 
     training, *others = prepared.datasets
     consumed, cyclic = run.state.consumed_samples, data.dataloader_type == "cyclic"
-    named = zip(("validation", "test"), others, strict=True)
+    held_out = zip(("validation", "test"), others, strict=True)
     return (
-        None if training is None else opener(training, "training", consumed, cyclic=cyclic),
-        [HeldOut(split, opener(dataset, split)) for split, dataset in named if dataset is not None],
+        None if training is None else make_opener(training, "training", consumed, cyclic=cyclic),
+        [HeldOut(split, make_opener(dataset, split)) for split, dataset in held_out if dataset is not None],
     )

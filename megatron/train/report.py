@@ -1,4 +1,4 @@
-"""Values of a step, a log line and an evaluation, as the sinks receive them."""
+"""Define the values of a step, a log line and an evaluation that sinks receive; compute FLOPs for them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron.plan.flops import causal_flops_per_token, flops_per_token
 from megatron.plan.size import MetaModel
 from megatron.train.nonfinite import NonFinite
 
-# Peak dense bf16 TFLOP/s from NVIDIA's data sheets, by a part of the device's name; the longest part that matches counts.
+# Peak dense bf16 TFLOP/s from NVIDIA's data sheets, by a part of the device's name; the longest part that matches is used.
 PEAKS = {
     "H200": 989.0,
     "H100 PCIe": 756.0,
@@ -33,16 +33,16 @@ class StepReport:
     """Result of one step.
 
     Attributes:
-        lm_loss: mean over the global batch; 0 where no token counted.
+        lm_loss: mean language-model loss over the global batch; 0 if all tokens are masked.
         grad_norm: L2 norm of the whole gradient, before clipping.
-        skipped: there was no update.
+        skipped: the weights were not updated.
         nan: the loss was NaN.
         samples: number of samples in the global batch.
         tokens: number of tokens in the global batch, masked ones included.
         zeros: number of zeros in the gradient; None if they are not counted.
         params_norm: L2 norm of the parameters; None if it is not computed.
-        left_out: --skip-train-iterations names the step: its samples were read, but not trained on.
-        nonfinite: the first value that was not finite.
+        left_out: --skip-train-iterations names the step, so its samples were read, but not trained on.
+        nonfinite: the first value that was not finite; None if all were, or none was found.
         sop_loss: mean sentence-order loss of the samples; None for a model without a binary head.
     """
 
@@ -61,10 +61,10 @@ class StepReport:
 
 @dataclass(frozen=True)
 class Metrics:
-    """Values of one log line, averaged over the steps since the last line. None means unknown.
+    """Values of one step, or of one log line, which averages over the steps since the last line. None means unknown.
 
-    The fields are the keys of a line of `metrics.jsonl`. tflops_per_gpu and mfu count attention over the whole square of
-    positions, mfu_causal only its causal half: see `plan/flops.py`. extra holds the metrics that hooks add, by name.
+    The fields are the keys of a line of `metrics.jsonl`. tflops_per_gpu and mfu count attention between all pairs of
+    positions, mfu_causal only the causal half of them; see `plan/flops.py`. extra contains the metrics of hooks, by name.
     """
 
     iteration: int
@@ -88,7 +88,7 @@ class Metrics:
 
 @dataclass(frozen=True)
 class LogContext:
-    """Values that a log line shows beside its metrics."""
+    """Values that sinks show beside the metrics of a step or a log line."""
 
     global_batch_size: int
     train_iters: int
@@ -102,7 +102,7 @@ class LogContext:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean losses of one evaluation, over tokens and over samples."""
+    """Mean losses of one evaluation: lm_loss over tokens, sop_loss over samples."""
 
     iteration: int
     split: str
@@ -112,31 +112,31 @@ class Evaluation:
 
     @property
     def ppl(self) -> float:
-        """The perplexity; infinite when it is too large for a float."""
+        """The perplexity; infinite if it is too large for a float."""
         try:
             return math.exp(self.lm_loss)
         except OverflowError:
             return math.inf
 
 
-def peak_tflops(device: torch.device, given: float | None) -> float | None:
-    """Return the peak dense bf16 TFLOP/s of a device: `given` if it is not None, else by the device's name, else None."""
-    if given is not None or device.type != "cuda":
-        return given
+def peak_tflops(device: torch.device, override: float | None) -> float | None:
+    """Return the peak dense bf16 TFLOP/s of a device: `override`, else by the device's name; None if unknown."""
+    if override is not None or device.type != "cuda":
+        return override
     name = torch.cuda.get_device_name(device)
-    # Longer names first, since `H100` is also a part of `H100 PCIe`.
-    known = [peak for part, peak in sorted(PEAKS.items(), key=lambda item: -len(item[0])) if part in name]
-    return known[0] if known else None
+    # Longer parts first, since `H100` is also a part of `H100 PCIe`.
+    matches = [peak for part, peak in sorted(PEAKS.items(), key=lambda item: -len(item[0])) if part in name]
+    return matches[0] if matches else None
 
 
 def sample_flops(config: RunConfig) -> float:
-    """Return the FLOPs of training on one sample, over all its rows (a multiple-choice sample has several)."""
+    """Return the FLOPs of training on one sample, with all its rows: a multiple-choice sample has several."""
     seq_length = config.data.seq_length
     return float(flops_per_token(MetaModel(config.model), seq_length) * seq_length * config.model.rows_per_sample)
 
 
 def causal_share(config: RunConfig) -> float | None:
-    """Return the ratio of FLOPs with causal attention counted by half to `sample_flops`; None for BERT."""
+    """Return the ratio of FLOPs that count only the causal half of attention to `sample_flops`; None for BERT."""
     model, seq_length = MetaModel(config.model), config.data.seq_length
     causal = causal_flops_per_token(model, seq_length)
     return None if causal is None else causal / flops_per_token(model, seq_length)

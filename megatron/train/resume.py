@@ -1,8 +1,8 @@
-"""Find the checkpoint that a run starts from, compare its configuration with the run's, and load it.
+"""Find the checkpoint that a run starts from, compare its configuration with that of the run, and load it.
 
-The checkpoint is examined twice. Before the process group forms, each rank alone reads sizes and small files, so that a mistake
-in the command is reported at once. After that the ranks together verify every byte; if one is wrong, all ranks fall back to the
-next older checkpoint.
+A checkpoint is checked twice. Before the process group forms, each rank alone checks file sizes and reads the small files, so
+that a mistake in the command is reported at once. Then the ranks together verify every byte; if one is wrong, all ranks fall
+back to the next older checkpoint.
 """
 
 from __future__ import annotations
@@ -52,53 +52,53 @@ from megatron.train.run import Run, sample_counts
 from megatron.train.source import StateSource
 from megatron.train.state import TrainState
 
-# Prefixes of settings that the table of differences shows as fields of the schedule, and so not a second time.
-SCHEDULED = (
+# Prefixes of optimizer settings that the table of differences shows as fields of the schedule, and not a second time.
+SCHEDULE_SETTINGS = (
     "lr", "min_lr", "decoupled", "weight_decay", "start_weight_decay", "end_weight_decay", "override_opt", "use_checkpoint_opt",
 )  # fmt: skip
-# Sections that concern this process rather than the run.
-UNIMPORTANT = ("checkpoint", "log")
+# Sections of settings that do not affect the training, so they are not compared.
+NOT_COMPARED = ("checkpoint", "log")
 # The settings that decide which samples a training run sees, and in which order.
 DATA_MIX = ("data_path", "train_data_path", "split", "dataloader_type")
 MOCK = "--mock-data"
-# All settings that decide the order, for an older checkpoint that does not record its order.
-ORDER = frozenset({*(f"data.{name}" for name in DATA_MIX), "data.mock_data", "data.seq_length", "batch.seed"})
-# Fields of a saved schedule whose value must be one of the choices of a setting.
-STYLES = MappingProxyType(
+# All settings that the order of samples depends on, for an older checkpoint, which does not record the order itself.
+ORDER_SETTINGS = frozenset({*(f"data.{name}" for name in DATA_MIX), "data.mock_data", "data.seq_length", "batch.seed"})
+# Fields of a saved schedule whose value must be one of the choices of an optimizer setting: the field, the setting.
+STYLE_SETTINGS = MappingProxyType(
     {"style": "lr_decay_style", "annealing_style": "lr_wsd_decay_style", "decay_weights_style": "weight_decay_incr_style"}
 )
-# Prefixes of parameters that a model with a task's head may have beyond a pretrained one.
+# Prefixes of parameters that a model with a task's head may have in addition to those of a pretrained one.
 HEAD_PARAMETERS = ("pooler.", "task_head.")
 NO_DAMAGE: Mapping[Path, str] = MappingProxyType({})
 
 
 def find_source(config: CheckpointConfig, damaged: Mapping[Path, str] = NO_DAMAGE) -> StateSource:
-    """Find the checkpoint to start from: with --auto-resume the newest complete one of --save, else that of --load, if given.
+    """Find the checkpoint to start from: with --auto-resume the newest complete one in --save, else that of --load, if given.
 
     Args:
         config: the settings of checkpoints.
-        damaged: checkpoints that are known to be damaged, with the reason; they are passed over.
+        damaged: checkpoints that are known to be damaged, each with the reason; they are not used.
 
     Raises:
-        CheckpointError: an expected checkpoint is missing, so that training does not start from random weights by accident.
-            Only a --save in which no checkpoint was ever finished starts fresh.
+        CheckpointError: an expected checkpoint is missing or damaged. Training does not start from random weights instead,
+            unless no checkpoint was ever finished in --save.
     """
     lines: list[str] = []
     if config.auto_resume and config.save is not None:
         root = Path(config.save)
         newest = newest_complete(root, damaged)
         lines += newest.lines
-        # An import that lies in --save is what --load --finetune names there, not a run to go on with.
+        # Imported weights in --save, which --load --finetune names, are not a run to resume.
         imported = newest.path is not None and config.finetune and config.load is not None and holds_weights_alone(newest.path)
         if newest.path is not None and not imported:
             return _source_from_checkpoint(newest.path, lines, optimizer=True, progress=True)
         if not newest.empty and not imported:
-            fresh = "to start fresh, give another --save, or move away what is there"
-            raise CheckpointError(f"--auto-resume: no checkpoint in {root} is whole: {'; '.join(newest.skipped)}; {fresh}")
+            advice = "to start fresh, give another --save, or move away what is there"
+            raise CheckpointError(f"--auto-resume: no checkpoint in {root} is complete: {'; '.join(newest.skipped)}; {advice}")
         lines.append(f"nothing to resume in {config.save}")
     if config.load is None or starts_fresh(config):
         if config.load is not None and not config.auto_resume:
-            lines.append(f"nothing to load in {config.load} yet, which is --save as well")
+            lines.append(f"nothing to load in {config.load} yet, which is also --save")
         fresh = "starting fresh: weights and sample order from the seed, a new optimizer, data from the first sample"
         return StateSource(lines=(*lines, fresh))
     directory = _find_load(config, lines, damaged)
@@ -107,10 +107,10 @@ def find_source(config: CheckpointConfig, damaged: Mapping[Path, str] = NO_DAMAG
 
 
 def _find_load(config: CheckpointConfig, lines: list[str], damaged: Mapping[Path, str]) -> Path:
-    """Return the checkpoint that --load means: exactly the one that it names, or the newest complete one of a directory."""
+    """Return the checkpoint that --load names, or the newest complete one in the directory that it names."""
     path = Path(config.load or ".")
-    one = (path / MANIFEST).is_file() or DIRECTORY.fullmatch(path.name) is not None
-    if config.load_iteration is not None or one or not path.is_dir():
+    names_one = (path / MANIFEST).is_file() or DIRECTORY.fullmatch(path.name) is not None
+    if config.load_iteration is not None or names_one or not path.is_dir():
         directory = find_checkpoint(path, config.load_iteration)
         if directory in damaged:
             raise CheckpointError(
@@ -120,17 +120,17 @@ def _find_load(config: CheckpointConfig, lines: list[str], damaged: Mapping[Path
     newest = newest_complete(path, damaged)
     if newest.path is None:
         why = "; ".join(newest.skipped) or "there is no iter_ directory"
-        raise CheckpointError(f"{path}: no whole checkpoint is there: {why}")
+        raise CheckpointError(f"{path}: there is no complete checkpoint: {why}")
     lines += newest.lines
     return newest.path
 
 
 def _source_from_checkpoint(directory: Path, lines: list[str], *, optimizer: bool, progress: bool) -> StateSource:
-    """Read the configuration and the counters of a checkpoint, and log what will be loaded from it."""
-    position = "optimizer, " if optimizer else ""
-    position += "schedule and data position" if progress else ""
-    rest = "only" if not position else f"with {position.rstrip(', ')}"
-    lines.append(f"loading checkpoint {directory}: weights {rest}")
+    """Read the configuration and the counters of a checkpoint; the last line tells the user what will be loaded."""
+    state_parts = "optimizer, " if optimizer else ""
+    state_parts += "schedule and data position" if progress else ""
+    more = "only" if not state_parts else f"with {state_parts.rstrip(', ')}"
+    lines.append(f"loading checkpoint {directory}: weights {more}")
     state = _parse_counters(read_state(directory).get("train", {}), directory / STATE)
     try:
         saved = from_json(read_config(directory))
@@ -140,39 +140,41 @@ def _source_from_checkpoint(directory: Path, lines: list[str], *, optimizer: boo
 
 
 def _parse_counters(values: Mapping[str, Any], path: Path) -> TrainState:
-    """Return the counters of a checkpoint. CheckpointError for a value that no run saves, which would fail later or mislead."""
+    """Return the counters of a checkpoint. CheckpointError for a value that a run never saves."""
     state = TrainState()
     for each in fields(state):
         if each.name in values and not _is_valid(values[each.name], getattr(state, each.name)):
-            raise CheckpointError(f"{path}: train.{each.name}: {str(values[each.name])[:40]!r} is not what a run saves")
-    # Each value was checked against its field's default; the scaler's values have no such field and are checked below.
+            raise CheckpointError(f"{path}: train.{each.name}: {str(values[each.name])[:40]!r} is not a value that a run saves")
+    # Without the scaler, whose values are only checked here: `load` gives them to the scaler of the run.
     state.load_scalars({name: value for name, value in values.items() if name != "scaler"})
     if state.schedule:
-        kinds = {f.name: f.type for f in fields(LRSchedule)}
+        types = {f.name: f.type for f in fields(LRSchedule)}
         for name, value in state.schedule.items():
-            if name not in kinds or not _is_valid(value, {"int": 0, "float": 0.0, "str": "", "bool": False}[str(kinds[name])]):
-                raise CheckpointError(f"{path}: train.schedule.{name}: {str(value)[:40]!r} is no setting of a schedule")
-            legal = by_name()[f"optim.{STYLES[name]}"].choices or () if name in STYLES else None
-            if legal is not None and value not in legal:
-                raise CheckpointError(f"{path}: train.schedule.{name}: {value[:40]!r} is none of {', '.join(legal)}")
+            if name not in types or not _is_valid(value, {"int": 0, "float": 0.0, "str": "", "bool": False}[str(types[name])]):
+                raise CheckpointError(
+                    f"{path}: train.schedule.{name}: {str(value)[:40]!r} is not a field of a schedule, or not of its type"
+                )
+            choices = by_name()[f"optim.{STYLE_SETTINGS[name]}"].choices or () if name in STYLE_SETTINGS else None
+            if choices is not None and value not in choices:
+                raise CheckpointError(f"{path}: train.schedule.{name}: {value[:40]!r} is none of {', '.join(choices)}")
         if missing := {f.name for f in fields(LRSchedule) if f.default is MISSING} - state.schedule.keys():
             raise CheckpointError(f"{path}: train.schedule: {min(missing)} is missing")
     for name, value in values.get("scaler", {}).items():
         if not _is_valid(value, 0.0):
-            raise CheckpointError(f"{path}: train.scaler.{name}: {str(value)[:40]!r} is not what a run saves")
+            raise CheckpointError(f"{path}: train.scaler.{name}: {str(value)[:40]!r} is not a value that a run saves")
     return state
 
 
 def _is_valid(value: object, default: object) -> bool:
-    """Return whether a JSON value has the type of a field's default. Numbers must be finite, counters not negative."""
+    """Return whether a JSON value has the type of a field's default. Floats must be finite, integers not negative."""
     if isinstance(default, bool):  # before int, since bool is a subclass of it
         return isinstance(value, bool)
     if isinstance(default, int | float):
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        number = whole or (isinstance(default, float) and isinstance(value, float))
+        is_int = isinstance(value, int) and not isinstance(value, bool)
+        is_number = is_int or (isinstance(default, float) and isinstance(value, float))
         if isinstance(default, float):
-            return number and -math.inf < value < math.inf  # type: ignore[operator]
-        return number and 0 <= value < 1 << 63  # type: ignore[operator]  # fits an int64
+            return is_number and -math.inf < value < math.inf  # type: ignore[operator]
+        return is_number and 0 <= value < 1 << 63  # type: ignore[operator]  # fits an int64
     if isinstance(default, str):
         return isinstance(value, str)
     return isinstance(value, dict) if not isinstance(default, list | tuple) else isinstance(value, list)
@@ -186,11 +188,11 @@ def check_source(source: StateSource, config: RunConfig) -> None:
     """
     if source.saved is None:
         return
-    problems = [*weights_alone(source), *model_differences(source.saved.model, config.model, str(source.directory))]
+    problems = [*weights_only_problems(source), *model_differences(source.saved.model, config.model, str(source.directory))]
     new_head = not source.progress and not config.eval.skip_train
     problems += head_differences(source.saved.model, config.model, str(source.directory), may_add_head=new_head)
     if source.optimizer and source.saved.checkpoint.no_save_optim:
-        rule = "holds no optimizer state, it was saved with --no-save-optim; start a new one with --no-load-optim"
+        rule = "contains no optimizer state, since it was saved with --no-save-optim; start a new one with --no-load-optim"
         problems.append(Problem(f"the checkpoint {source.directory}", rule))
     elif source.optimizer and source.saved.optim.optimizer != config.optim.optimizer:
         rule = f"does not fit {source.directory}, which was made with {source.saved.optim.optimizer}"
@@ -202,45 +204,45 @@ def check_source(source: StateSource, config: RunConfig) -> None:
         raise ConfigError(problems)
 
 
-def weights_alone(source: StateSource) -> Iterator[Problem]:
-    """Yield a problem if a run would resume from a checkpoint that holds only weights, such as an imported one."""
+def weights_only_problems(source: StateSource) -> Iterator[Problem]:
+    """Yield a problem if a run would resume from a checkpoint that contains only weights, such as an imported one."""
     if source.directory is not None and (source.optimizer or source.progress) and holds_weights_alone(source.directory):
-        rule = "holds weights only, as an import does: no optimizer state, no iteration and no position in the data"
+        rule = "contains weights only, as an import does: no optimizer state, no iteration and no position in the data"
         yield Problem(f"the checkpoint {source.directory}", rule, f"--load {source.directory.parent} --finetune")
 
 
-def _data_changes(held: DataSettings, wanted: DataSettings, directory: Path | None) -> Iterator[Problem]:
+def _data_changes(saved: DataSettings, requested: DataSettings, directory: Path | None) -> Iterator[Problem]:
     """Yield a problem for each setting that makes the training data differ from the checkpoint's."""
     for name in DATA_MIX:
-        there, here = _data_setting(held, name), _data_setting(wanted, name)
-        if _normalize(there) != _normalize(here):
-            was = " ".join(there) if isinstance(there, tuple) else there
-            rule = f"changes the training data of {directory}, which went through `{was or 'no ' + name}`"
-            legal = f"{was or 'leave it out'}; --allow-data-change goes on at the same position of the new order"
-            yield Problem(f"`{here}`" if here == MOCK else flag_text(f"data.{name}", here), rule, legal)
+        old, new = _data_setting(saved, name), _data_setting(requested, name)
+        if _normalize(old) != _normalize(new):
+            old_text = " ".join(old) if isinstance(old, tuple) else old
+            rule = f"changes the training data of {directory}, which was trained on `{old_text or 'no ' + name}`"
+            legal = f"{old_text or 'leave it out'}; --allow-data-change continues at the same position of the new order"
+            yield Problem(f"`{new}`" if new == MOCK else flag_text(f"data.{name}", new), rule, legal)
 
 
 def _data_setting(data: DataSettings, name: str) -> str | tuple[str, ...]:
-    """Return a setting of the data; for mock data, return `--mock-data` in place of --data-path."""
+    """Return a data setting; for mock data, return `--mock-data` in place of --data-path."""
     value: str | tuple[str, ...] = getattr(data, name)
     return MOCK if data.mock_data and name == "data_path" else value
 
 
 def _normalize(value: str | tuple[str, ...]) -> object:
-    """Return a setting of the data in one spelling: prefixes as absolute paths, weights as numbers."""
+    """Return a data setting in a form that can be compared: prefixes as absolute paths, weights as numbers."""
     if isinstance(value, str) or not value:
         return value
     prefixes, weights = parse_blend(value)
     return [os.path.abspath(p.removesuffix(".bin").removesuffix(".idx")) for p in prefixes], weights
 
 
-def difference_table(source: StateSource, config: RunConfig, another_order: bool | None = None) -> Iterator[str]:
+def difference_table(source: StateSource, config: RunConfig, other_order: bool | None = None) -> Iterator[str]:
     """Yield the lines of a table of the settings in which a resumed run differs from its checkpoint.
 
     Args:
         source: the checkpoint.
         config: the resolved configuration.
-        another_order: whether the training samples come in another order now; None when the checkpoint does not record it.
+        other_order: whether the order of training samples differs now; None if the checkpoint does not record the order.
     """
     if source.saved is None or not source.progress:
         return
@@ -250,28 +252,28 @@ def difference_table(source: StateSource, config: RunConfig, another_order: bool
         rows.append(("training samples", source.state.training_samples, samples, "this run's"))
     if rows:
         yield "  differs from the checkpoint:"
-        yield from _aligned([("setting", "in the checkpoint", "asked for", "counts"), *rows])
-    if another_order or (another_order is None and any(row[0] in ORDER for row in rows)):
-        yield "  the order of samples is another: samples that were seen can come again before their epoch ends"
+        yield from _aligned([("setting", "in the checkpoint", "requested", "used"), *rows])
+    if other_order or (other_order is None and any(row[0] in ORDER_SETTINGS for row in rows)):
+        yield "  the order of samples differs: samples may be repeated before their epoch ends"
 
 
-Row = tuple[str, object, object, str]
+Row = tuple[str, object, object, str]  # setting, its value in the checkpoint, the requested value, and whose is used
 
 
 def _setting_rows(saved: RunSettings, config: RunConfig) -> Iterator[Row]:
-    """Yield a row for each setting that differs, but for those that the schedule's rows show."""
+    """Yield a row for each setting that differs, except for those that the rows of the schedule show."""
     for section in fields(config):
-        if section.name in UNIMPORTANT:
+        if section.name in NOT_COMPARED:
             continue
-        there, here = getattr(saved, section.name), getattr(config, section.name)
-        for setting in fields(here):
-            values = getattr(there, setting.name), getattr(here, setting.name)
-            if values[0] != values[1] and not setting.name.startswith(SCHEDULED):
+        old, new = getattr(saved, section.name), getattr(config, section.name)
+        for setting in fields(new):
+            values = getattr(old, setting.name), getattr(new, setting.name)
+            if values[0] != values[1] and not setting.name.startswith(SCHEDULE_SETTINGS):
                 yield f"{section.name}.{setting.name}", *values, "this run's"
 
 
 def _aligned(rows: Iterable[Row]) -> Iterator[str]:
-    """Yield rows of a table as lines, each column as wide as its widest cell."""
+    """Yield the rows of a table as lines, with aligned columns."""
     cells = [tuple(" ".join(map(str, v)) or "none" if isinstance(v, tuple) else str(v) for v in row) for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
@@ -279,20 +281,20 @@ def _aligned(rows: Iterable[Row]) -> Iterator[str]:
 
 
 def verify_source(source: StateSource, config: RunConfig, job: Job) -> StateSource:
-    """Verify every byte of the source, and fall back to the next older checkpoint while it is damaged. Collective.
+    """Verify every byte of the checkpoint, and fall back to the next older one while it is damaged. Collective.
 
-    Call it before the run is built, since schedule and data position are those of the source that is returned.
+    Call it before the run is built, since the source that is returned determines schedule and data position.
 
     Args:
-        source: the source that this rank has found alone.
+        source: the source that this rank has found by itself.
         config: the resolved configuration.
-        job: the ranks.
+        job: the job, whose ranks have joined.
 
     Returns:
         The source that all ranks start from.
 
     Raises:
-        CheckpointError: on all ranks, when no complete checkpoint is left, or the one that --load names is damaged.
+        CheckpointError: on all ranks, if no complete checkpoint is left, or the one that --load names is damaged.
     """
     size = job.env.world_size
     group = dist.group.WORLD if size > 1 else None
@@ -305,37 +307,37 @@ def verify_source(source: StateSource, config: RunConfig, job: Job) -> StateSour
         try:
             verify_on_all_ranks(source.directory, world, job.watch)
             return replace(source, verified=True)
-        except CheckpointError as error:  # the same on all ranks
+        except CheckpointError as error:  # raised on all ranks
             damaged[source.directory] = str(error)
         source = run_on_all_ranks(world, lambda: find_source(config.checkpoint, damaged))
         try:
             check_source(source, config)
             check_schedule(source, config)
         except ConfigError as error:
-            raise CheckpointError(f"{'; '.join(source.lines)}; but it does not fit: {error}") from error
+            raise CheckpointError(f"{'; '.join(source.lines)}; but it does not fit the command: {error}") from error
 
 
 def require_same_checkpoint(source: StateSource, world: Axis) -> None:
     """Check that all ranks start from the same checkpoint. Collective.
 
-    Each rank has searched alone, and may have seen other files: the directory may not be shared, or a file server may be late.
+    Each rank has searched by itself, and may have found other files: the directory may not be shared, or a file server may lag.
 
     Raises:
-        CheckpointError: on all ranks, with the checkpoint that each rank sees.
+        CheckpointError: on all ranks, with the checkpoint that each rank has found.
     """
     if world.group is None:
         return
-    seen = None
+    found = None
     if source.directory is not None:
         try:
             digest = hashlib.sha256(read_bytes(source.directory / MANIFEST, MAX_JSON_BYTES)).hexdigest()[:16]
         except OSError as error:
             digest = f"that cannot be read: {error.strerror}"
-        seen = f"{source.directory.name}, manifest {digest}"
-    all_seen: list[str | None] = [None] * world.size
-    dist.all_gather_object(all_seen, seen, group=world.group)
-    if len(set(all_seen)) > 1:
-        views = "; ".join(f"rank {rank}: {view or 'nothing'}" for rank, view in enumerate(all_seen))
+        found = f"{source.directory.name}, manifest {digest}"
+    all_found: list[str | None] = [None] * world.size
+    dist.all_gather_object(all_found, found, group=world.group)
+    if len(set(all_found)) > 1:
+        views = "; ".join(f"rank {rank}: {name or 'none'}" for rank, name in enumerate(all_found))
         raise CheckpointError(f"the ranks see different checkpoints: {views}. --save and --load must be on a shared disk")
 
 
@@ -343,33 +345,33 @@ def restore(source: StateSource, run: Run) -> list[str]:
     """Load the run's weights and state from its source. Collective.
 
     Returns:
-        The names of parameters that keep their initial values: those of a task's head, which the pretrained model lacks.
+        The names of parameters that keep their initial values: those of a task's head, if the checkpoint lacks them.
 
     Raises:
         CheckpointError: the checkpoint does not fit the run.
     """
     require_same_checkpoint(source, run.mesh.world)
     schedule, samples = run.state.schedule, sample_counts(run.config)[0]
-    new: list[str] = []
+    new_parameters: list[str] = []
     if source.directory is not None:
         parts = run.parts(optimizer=source.optimizer, state=source.progress)
-        model, held = run.config.model, None if source.saved is None else source.saved.model
-        other_head = held is not None and held.task_head != model.task_head
+        model, saved = run.config.model, None if source.saved is None else source.saved.model
+        other_head = saved is not None and saved.task_head != model.task_head
         if other_head:
-            new = _new_parameters(source.directory, model)
+            new_parameters = _new_parameters(source.directory, model)
         load(source.directory, parts, run.mesh, verified=source.verified, strict=not other_head)
-    # Loading has overwritten both with the checkpoint's values; the run keeps the schedule that `choose_schedule` returned.
+    # Loading has overwritten both. The run keeps the schedule that `choose_schedule` returned, and its own number of samples.
     run.state.schedule, run.state.training_samples = schedule, samples
-    return new
+    return new_parameters
 
 
 def _new_parameters(directory: Path, model: ModelConfig) -> list[str]:
     """Return the parameters of a model with a task's head that are not in the pretraining checkpoint.
 
-    CheckpointError, the same on all ranks, if one outside of the head is missing.
+    CheckpointError, on all ranks, if one that is not of the head is missing.
     """
-    held = read_manifest(directory).tensors
-    missing = [p.name for p in MetaModel(model).parameters() if f"model.{p.name}" not in held]
-    if strange := [name for name in missing if not name.startswith(HEAD_PARAMETERS)]:
-        raise CheckpointError(f"{directory}: {len(strange)} tensors are not in the checkpoint: {', '.join(strange[:20])}")
+    saved = read_manifest(directory).tensors
+    missing = [p.name for p in MetaModel(model).parameters() if f"model.{p.name}" not in saved]
+    if others := [name for name in missing if not name.startswith(HEAD_PARAMETERS)]:
+        raise CheckpointError(f"{directory}: {len(others)} tensors are not in the checkpoint: {', '.join(others[:20])}")
     return missing

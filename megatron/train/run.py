@@ -1,4 +1,4 @@
-"""Build the parts of a run from its configuration: mesh, stages, buffers, optimizer, pipeline, step."""
+"""Build the parts of a run from its configuration: mesh, stages, buffers, optimizer, pipeline and step."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ from megatron.train.step import ScaledLoss, Step
 
 @dataclass
 class Run:
-    """The parts of a run that a training step needs; what only the loop needs is in `train.loop.Training`.
+    """The parts of a run that a training step needs; see `train.loop.Training` for those that only the loop needs.
 
     Attributes:
         config: the resolved configuration.
         job: the process group and device of this rank.
         mesh: the parallel axes.
         stages: this rank's pipeline stages, by their number.
-        weights: the parameters, as a part of a checkpoint.
+        weights: the parameters, as they are saved in checkpoints.
         optimizer: updates the parameters.
         pipeline: runs forward and backward passes.
         step: a `train.step.Step`, or a wrapper around one.
-        schedule: learning rate and weight decay as functions of the samples so far.
+        schedule: learning rate and weight decay as functions of the samples trained on.
         state: the counters that checkpoints save.
     """
 
@@ -68,7 +68,7 @@ class Run:
     state: TrainState
 
     def parts(self, *, optimizer: bool = True, state: bool = True) -> dict[str, Checkpointable]:
-        """Return the parts that a checkpoint holds, by the prefix of their tensors' names."""
+        """Return the parts of a checkpoint of the run, by the prefix of their tensors' names."""
         parts: dict[str, Checkpointable] = {"model": self.weights}
         if optimizer:
             parts["optimizer"] = self.optimizer
@@ -81,9 +81,9 @@ def build_run(config: RunConfig, job: Job, *, schedule: LRSchedule | None = None
     """Build mesh, model with its initial weights, optimizer and pipeline, for this rank. Collective.
 
     Args:
-        config: resolved, with model.vocab_size set.
+        config: the resolved configuration, with model.vocab_size set.
         job: the process group and device of this rank.
-        schedule: the schedule of a resumed run, in place of the configuration's.
+        schedule: the schedule of a resumed run; None to build that of the configuration.
     """
     plan, grid = plan_stages(config), Grid.from_layout(config.layout, job.env.world_size)
     mesh = Mesh.build(grid, job.env.rank, job.timeout, (plan.placement[0], plan.placement[-1]), job.watch)
@@ -106,8 +106,8 @@ def build_run(config: RunConfig, job: Job, *, schedule: LRSchedule | None = None
         device=job.device,
     )
     pipeline = build_pipeline(config, plan, stages, mesh, scaled_loss, job)
-    # Only a fused attention kernel draws from torch's generator; it is then seeded at every step, so that resuming repeats it.
-    torch_random = job.device if draws_by_kernel(config.model) else None
+    # Only a fused attention kernel draws from torch's generator. `Step` then seeds it, so that a resumed run draws the same.
+    torch_random = job.device if kernel_draws_dropout(config.model) else None
     step = Step(
         scaled_loss,
         pipeline,
@@ -136,10 +136,10 @@ def build_model(config: RunConfig, plan: StagePlan, mesh: Mesh, device: torch.de
     """Build this rank's pipeline stages, with uninitialised parameters.
 
     Args:
-        config: resolved, with model.vocab_size set.
-        plan: the layers of each stage, and its pipeline rank.
+        config: the resolved configuration, with model.vocab_size set.
+        plan: the layers and the pipeline rank of each stage.
         mesh: the parallel axes.
-        device: where the parameters lie.
+        device: the device of the parameters.
 
     Returns:
         The stages by their number.
@@ -152,19 +152,19 @@ def build_model(config: RunConfig, plan: StagePlan, mesh: Mesh, device: torch.de
         mesh.pp.rank,
         seed=config.batch.seed,
         core_attention=choose_core_attention(mesh, causal=config.model.architecture == "gpt", compiled=config.batch.compile),
-        recompute=Recompute.from_config(config.memory, mesh.tp, draws=draws_by_kernel(config.model)),
+        recompute=Recompute.from_config(config.memory, mesh.tp, draws=kernel_draws_dropout(config.model)),
         dtype=Precision.from_config(config.precision).compute,
         device=device,
     )
 
 
 def choose_core_attention(mesh: Mesh, *, causal: bool, compiled: bool) -> CoreAttention:
-    """Return the core attention for a layout.
+    """Return the function that computes attention from queries, keys and values in this layout.
 
     Args:
         mesh: the parallel axes; with context parallelism, keys and values pass around the ring of the cp axis.
         causal: a token attends only to itself and the tokens before it.
-        compiled: the layers are compiled, so ring attention, which communicates, is excluded from their graphs.
+        compiled: the layers are compiled; ring attention, which communicates, is then excluded from their graphs.
     """
     if mesh.cp.size == 1:
         return causal_attention if causal else bidirectional_attention
@@ -172,8 +172,8 @@ def choose_core_attention(mesh: Mesh, *, causal: bool, compiled: bool) -> CoreAt
     return torch.compiler.disable(ring.__call__) if compiled else ring  # type: ignore[no-untyped-call]
 
 
-def draws_by_kernel(model: ModelConfig) -> bool:
-    """Return whether a fused attention kernel draws the dropout masks, with torch's random generator."""
+def kernel_draws_dropout(model: ModelConfig) -> bool:
+    """Return whether a fused attention kernel draws dropout masks, from torch's generator."""
     return model.fused_attention_dropout and model.attention_dropout > 0.0
 
 
@@ -183,16 +183,16 @@ def transformer_layers(stages: Mapping[int, Transformer]) -> list[nn.Module]:
 
 
 def build_buffers(config: RunConfig, stages: Mapping[int, Transformer], mesh: Mesh, *, decoupled: bool) -> list[FlatBuffer]:
-    """Move the parameters into contiguous memory, and fill them with their initial values.
+    """Move the parameters into flat buffers, and fill them with their initial values.
 
     Args:
-        config: resolved.
+        config: the resolved configuration.
         stages: this rank's stages, by their number.
         mesh: the parallel axes.
-        decoupled: embedding and output layer have a learning rate of their own.
+        decoupled: embedding and output layer have a separate learning rate.
 
     Returns:
-        The flat buffers, each of parameters that are reduced and updated alike.
+        The flat buffers; the parameters of each are reduced and updated in the same way.
     """
     parameters = list(nn.ModuleList(stages.values()).parameters())
     if decoupled:
@@ -207,20 +207,20 @@ def build_buffers(config: RunConfig, stages: Mapping[int, Transformer], mesh: Me
         optimizer=config.optim.optimizer,
     )
     for buffer in buffers:
-        # Drawn in fp32, since `load` keeps fp32 main weights, which must not be rounded to the model's dtype.
-        specs, whole = (param_spec(p) for p in buffer.parameters), buffer.staging_tensor()
-        fill_parameters(zip(specs, buffer.views(whole), strict=True), config.model, config.batch.seed)
-        buffer.load(whole)
+        # Drawn in fp32, since `load` stores fp32 main weights, which must not be rounded to the model's dtype.
+        specs, values = (param_spec(p) for p in buffer.parameters), buffer.staging_tensor()
+        fill_parameters(zip(specs, buffer.views(values), strict=True), config.model, config.batch.seed)
+        buffer.load(values)
     return buffers
 
 
 def build_optimizer(
     config: RunConfig, stages: Mapping[int, Transformer], mesh: Mesh, buffers: Sequence[FlatBuffer]
 ) -> Optimizer:
-    """Build the optimizer; with --overlap-param-gather, hooks make each module wait for its weights.
+    """Build the optimizer. With --overlap-param-gather, add module hooks that wait for the weights of each module.
 
     Args:
-        config: resolved.
+        config: the resolved configuration.
         stages: this rank's stages, by their number.
         mesh: the parallel axes.
         buffers: the parameters, as `build_buffers` returns them.
@@ -235,31 +235,31 @@ def build_optimizer(
         overlap_grad_reduce=layout.overlap_grad_reduce,
         overlap_param_gather=layout.overlap_param_gather,
     )
-    if layout.overlap_param_gather:  # otherwise the optimizer's step ends with all weights gathered
+    if layout.overlap_param_gather:  # otherwise the optimizer's step itself gathers all weights
         for stage in stages.values():
-            # The order of the forward pass, in which the weights are gathered.
-            called = (stage.embedding, *stage.layers.values(), stage.final_norm)
-            wait_in_turn(optimizer.gatherer, [m for m in called if m is not None], list(stage.parameters()))
+            # The weights are gathered in the order of the forward pass.
+            modules = (stage.embedding, *stage.layers.values(), stage.final_norm)
+            wait_in_turn(optimizer.gatherer, [m for m in modules if m is not None], list(stage.parameters()))
     return optimizer
 
 
 def build_pipeline(
     config: RunConfig, plan: StagePlan, stages: Mapping[int, Transformer], mesh: Mesh, scaled_loss: ScaledLoss, job: Job
 ) -> Executor:
-    """Build the executor of forward and backward passes in the order of the schedule. Collective.
+    """Build the executor, which runs forward and backward passes in the order of the schedule. Collective.
 
     Args:
-        config: resolved.
-        plan: placement and number of the stages.
+        config: the resolved configuration.
+        plan: the pipeline rank of each stage, and the number of stages per rank.
         stages: this rank's stages, by their number.
         mesh: the parallel axes.
         scaled_loss: turns the loss of a micro-batch into the scalar that is differentiated.
-        job: device and watchdog of this rank.
+        job: contains the device and the watchdog of this rank.
     """
     name = config.layout.pipeline_schedule
     # A fused weight gradient adds to a buffer outside the module, which would break the graph of a compiled layer.
-    wanted = config.precision.gradient_accumulation_fusion and not config.batch.compile
-    fused = wanted and supports_fused_weight_grad(job.device)
+    fusible = config.precision.gradient_accumulation_fusion and not config.batch.compile
+    fused = fusible and supports_fused_weight_grad(job.device)
     weight_grad_store = WeightGradStore(fused=fused)
     if fused or schedule_kind(name).splits:
         for stage in stages.values():
@@ -278,7 +278,7 @@ def build_pipeline(
 
 
 def sample_counts(config: RunConfig) -> tuple[int, int, int]:
-    """Return the number of samples for training, for each validation, and for the test."""
+    """Return the numbers of samples for training, for each evaluation on the validation split, and for the test."""
     batch = config.batch
     evaluation = config.eval.eval_iters * final_batch_size(batch)
     training = batch.train_samples if batch.train_samples is not None else samples_for(batch, batch.iterations)

@@ -1,7 +1,7 @@
 """Save checkpoints of a run, synchronously or in the background.
 
-With --async-save, training stops only while this rank's share is copied into host memory. A thread then writes the copy. The
-threads of all ranks agree, over a process group of their own, that everything is written, and the first rank commits.
+With --async-save, training stops only while the share of this rank is copied into host memory. A thread then writes the copy.
+The threads of all ranks agree, over a separate process group, that everything is written, and the first rank commits.
 """
 
 from __future__ import annotations
@@ -24,21 +24,20 @@ from megatron.launch.watchdog import Watchdog
 from megatron.train.run import Run
 from megatron.train.save_directory import CheckpointsToReplace
 
-POLL_SECONDS = 0.2  # how often a wait for the thread forwards its phase to the watchdog
-# How long the end of a run waits for a deletion; the next save deletes what is left.
-MAX_DELETION_SECONDS = 5.0
+POLL_SECONDS = 0.2  # interval at which a wait for the thread forwards its phase to the watchdog
+MAX_DELETION_SECONDS = 5.0  # how long the end of a run waits for deletions; the next save continues them
 
 
 class PendingSave:
-    """One save under way.
+    """A save in progress.
 
     Attributes:
         iteration: the iteration of the checkpoint.
-        began: start of the save, `time.monotonic()`.
-        seconds: duration from the start until the checkpoint was on disk; None while it is not.
-        error: the exception that ended the save; None without one.
+        began: `time.monotonic()` at the start of the save.
+        seconds: duration from the start until the checkpoint was on disk; None before that, and after an error.
+        error: the exception that ended the save; None if there was none.
         reported: the user has been told how the save ended.
-        watch: holds the phases that the thread reports.
+        watch: stores the phase that the thread reports.
         thread: the thread that writes; None for a synchronous save.
     """
 
@@ -52,10 +51,10 @@ class PendingSave:
 
 
 class DeferredWatch(Watchdog):
-    """Keeps the last phase that a thread reports, until the main thread waits for it: watchdogs observe only main threads."""
+    """Stores the last phase that a thread reports, until the main thread, which alone is watched, forwards it."""
 
     def __init__(self) -> None:
-        self._phase: tuple[Description, bool | None] = ("beginning", True)  # what, and `alone`; None for a wait
+        self._phase: tuple[Description, bool | None] = ("beginning", True)  # description, and `alone`; None if waiting
         self._forwarded: object = None
 
     def doing(self, what: Description, *, alone: bool = False) -> None:
@@ -65,7 +64,7 @@ class DeferredWatch(Watchdog):
         self._phase = (what, None)
 
     def forward(self, watch: Watchdog, why: str) -> None:
-        """Report the thread's phase as the main thread's own, unless that was done already.
+        """Report the thread's phase as that of the main thread, unless it was reported before.
 
         Args:
             watch: the main thread's watchdog.
@@ -89,12 +88,12 @@ class Saver:
 
     Args:
         run: the run.
-        tokenizer_assets: returns the tokenizer's files; only the first rank's are saved.
+        tokenizer_assets: returns the files of the tokenizer to save; called on the first rank.
         log: prints a line to the user.
-        storage: the disk.
+        storage: writes, renames and deletes files.
 
     Attributes:
-        seconds: duration of the longest save so far on this rank, from its start until it was on disk; 0.0 before the first.
+        seconds: duration of the longest save so far on this rank, from its start to a checkpoint on disk; 0.0 before the first.
         saved: iteration of the newest checkpoint that has been, or is being, saved; None before the first. Only `save` and
             `finish` change it, so it is the same on all ranks.
     """
@@ -105,7 +104,7 @@ class Saver:
             raise ValueError("there is no --save to save to")
         self._run, self._log, self._storage = run, log, storage or Storage()
         self._checkpoint, self._root = checkpoint, Path(checkpoint.save)
-        # A process group of its own: collectives of a thread must not mix with those of the training step.
+        # A separate process group: collectives of a thread must not be mixed with those of the training step.
         self._axis = saving_axis(run.mesh.world)
         self._assets = run_on_all_ranks(self._axis, lambda: read_assets(tokenizer_assets) if self._axis.first else {})
         self._overwritten = CheckpointsToReplace(self._root) if checkpoint.overwrite and self._axis.first else None
@@ -117,15 +116,15 @@ class Saver:
         self.saved: int | None = None
 
     def save(self) -> None:
-        """Save a checkpoint of the current state. Collective. Waits for the save before it, if one is still under way.
+        """Save a checkpoint of the current state. Collective. If the previous save is still in progress, wait for it first.
 
-        Returns when the checkpoint is on disk, or with --async-save when the copy in host memory is made.
+        Return when the checkpoint is on disk, or with --async-save when the copy in host memory has been made.
 
         Raises:
-            CheckpointError: this checkpoint, or the one before, could not be written. With --on-save-error continue, a disk
+            CheckpointError: this checkpoint, or the previous one, could not be written. With --on-save-error continue, a disk
                 error is reported to the user instead.
         """
-        self._finish_pending()  # its copy in host memory is about to be overwritten
+        self._finish_pending()  # this save overwrites the host memory that the previous one writes from
         run, saving = self._run, PendingSave(self._run.state.iteration)
         run.job.watch.doing("collecting a checkpoint")
         self._log(f"saving checkpoint at iteration {saving.iteration:7d} to {self._root}")
@@ -133,11 +132,11 @@ class Saver:
         try:
             plan = self._planner.plan(saving.iteration, parts, to_json(run.config), self._assets)
         except CheckpointError as error:
-            where = self._root / directory_name(saving.iteration)
-            raise type(error)(f"{where}: could not be saved: {error}") from error
+            directory = self._root / directory_name(saving.iteration)
+            raise type(error)(f"{directory}: could not be saved: {error}") from error
         self._saving, self.saved = saving, saving.iteration
         if self._checkpoint.async_save:
-            arguments = (plan, saving, saving.watch)  # the thread releases them at its end
+            arguments = (plan, saving, saving.watch)  # a thread releases its arguments when it ends
             saving.thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
             saving.thread.start()
         else:
@@ -146,7 +145,7 @@ class Saver:
         run.job.watch.idle()
 
     def check(self) -> None:
-        """Report the end of a background save, if it has ended. Does not communicate, so ranks may report at different steps.
+        """Report the end of a background save, if it has ended. Without communication, so ranks may report at different steps.
 
         Raises:
             CheckpointError: the save failed; see `save`.
@@ -156,7 +155,7 @@ class Saver:
             self._report(self._saving)
 
     def finish(self) -> None:
-        """Wait until everything is on disk. Collective. Raises the errors of `save`."""
+        """Wait until every save is on disk, and a limited time for deletions. Collective. Raises the errors of `save`."""
         self._finish_pending()
         if self._deletion is not None:
             self._run.job.watch.doing("deleting old checkpoints", alone=True)
@@ -164,7 +163,7 @@ class Saver:
         self._run.job.watch.idle()
 
     def _write(self, plan: SavePlan, saving: PendingSave, watch: Watchdog) -> None:
-        """Write and commit a checkpoint, in the background thread or in the main thread."""
+        """Write and commit a checkpoint. Runs in the background thread, or in the main thread for a synchronous save."""
         try:
             write_checkpoint(self._root, plan, self._axis, self._storage, watch)
             saving.seconds = time.monotonic() - saving.began
@@ -174,23 +173,25 @@ class Saver:
             saving.error = error
 
     def _delete_old(self, newest: int) -> None:
-        """Delete old checkpoints in a thread, on the first rank. Neither another rank nor the next step waits for it."""
-        keep = self._checkpoint
+        """Delete old checkpoints in a thread, on the first rank. Neither the other ranks nor the next step wait for it."""
+        checkpoint = self._checkpoint
         try:
             if self._overwritten is not None:
                 self._overwritten.put_aside(self._storage)
             # Renamed first, deleted later, so that a directory named like a checkpoint is always a complete one.
-            aside = retire_old_checkpoints(self._root, newest, keep.keep_last, keep.keep_every, self._storage)
+            retired = retire_old_checkpoints(self._root, newest, checkpoint.keep_last, checkpoint.keep_every, self._storage)
         except OSError as error:
-            logging.getLogger(__name__).warning("%s: nothing could be deleted: %s", self._root, error.strerror)
+            logging.getLogger(__name__).warning("%s: old checkpoints could not be deleted: %s", self._root, error.strerror)
             return
-        # If earlier ones are still being deleted, these keep their new names until the next save deletes them.
-        if aside and (self._deletion is None or not self._deletion.is_alive()):
-            self._deletion = threading.Thread(target=delete_retired, args=(aside, self._storage), name="deletion", daemon=True)
+        # If an earlier deletion is still running, these keep their new names until the next save deletes them.
+        if retired and (self._deletion is None or not self._deletion.is_alive()):
+            self._deletion = threading.Thread(
+                target=delete_retired, args=(retired, self._storage), name="deletion", daemon=True
+            )
             self._deletion.start()
 
     def _finish_pending(self) -> None:
-        """Wait for the save under way, and report how it ended, or raise its error."""
+        """Wait for the save in progress, and report how it ended, or raise its error."""
         saving = self._saving
         if saving is None:
             return
@@ -200,12 +201,12 @@ class Saver:
         self._saving = None
         if saving.seconds is not None:
             self._committed = saving.iteration
-        # After a failed save this is the checkpoint before it.
+        # After a failed save, this is the previous checkpoint.
         self.saved = self._committed
         self._report(saving)
 
     def _report(self, saving: PendingSave) -> None:
-        """Log once how a save ended, or raise its error unless --on-save-error says to continue."""
+        """Log once that a save has ended, or raise its error, unless --on-save-error is continue."""
         error = saving.error
         if error is not None and not (isinstance(error, DiskError) and self._checkpoint.on_save_error == "continue"):
             raise error
@@ -213,7 +214,7 @@ class Saver:
             return
         if error is not None:
             saving.reported = True
-            self._log(f"{error}. Training goes on without this checkpoint, as --on-save-error continue says")
+            self._log(f"{error}. Training continues without this checkpoint because of --on-save-error continue")
         elif saving.seconds is not None:
             saving.reported = True
             self.seconds = max(self.seconds, saving.seconds)

@@ -1,4 +1,4 @@
-"""Sinks, which write the reports of a run: console, JSON lines, TensorBoard (for W&B see `wandb_sink.py`). On rank 0 only."""
+"""Write the reports of a run to sinks, on rank 0: console, JSON lines and TensorBoard; for W&B see `wandb_sink.py`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron.train.event_file import EventFile
 from megatron.train.report import Evaluation, LogContext, Metrics
 
 Outcome = Literal["finished", "preempted", "failed"]
-TRUNCATED = (math.inf, True)  # the `_position` of a line that a kill cut off: after all others
+TRUNCATED = (math.inf, True)  # the `_position` of a line that is not valid, for instance truncated: after all others
 
 
 class Sink:
@@ -33,24 +33,24 @@ class Sink:
         """Write the averages since the last log line; called every --log-interval steps."""
 
     def evaluation(self, result: Evaluation, title: str) -> None:
-        """Write the result of an evaluation, which `title` names."""
+        """Write the result of an evaluation. title: its name on the console, such as `iteration 100`."""
 
     def event(self, text: str) -> None:
         """Write the text of an event, such as a skipped step, as a line of its own."""
 
-    def close(self, ended: Outcome) -> None:
-        """Write what is left, and close; called at the end of the run or of this slice."""
+    def close(self, outcome: Outcome) -> None:
+        """Write what has not been written, and close. Called once, at the end of the run or of this slice."""
 
 
 class Console(Sink):
-    """Prints Megatron-LM's log lines, extended by throughput and remaining time."""
+    """Prints Megatron-LM's log lines, with throughput and remaining time in addition."""
 
     def __init__(self, out: TextIO) -> None:
         self.out = out
 
     def line(self, metrics: Metrics, context: LogContext) -> None:
-        stamp = datetime.now().strftime("[%Y-%m-%d %H:%M:%S]")
-        print(f"{stamp}{console_line(metrics, context)}", file=self.out, flush=True)
+        timestamp = datetime.now().strftime("[%Y-%m-%d %H:%M:%S]")
+        print(f"{timestamp}{console_line(metrics, context)}", file=self.out, flush=True)
 
     def evaluation(self, result: Evaluation, title: str) -> None:
         text = f" validation loss at {title} | lm loss value: {result.lm_loss:.6E} | lm loss PPL: {result.ppl:.6E} | "
@@ -64,7 +64,7 @@ class Console(Sink):
 
 
 def console_line(metrics: Metrics, context: LogContext) -> str:
-    """Return a log line from ` iteration` on, in Megatron-LM's words, which scripts of users parse."""
+    """Return a log line without its timestamp, in the format of Megatron-LM, which users' scripts parse."""
     parts = [
         f" iteration {metrics.iteration:8d}/{context.train_iters:8d}",
         f"consumed samples: {metrics.consumed_samples:12d}",
@@ -106,28 +106,28 @@ def console_line(metrics: Metrics, context: LogContext) -> str:
 
 
 class JsonLines(Sink):
-    """Writes `metrics.jsonl`: one JSON object a line, flushed at once, so that a killed run loses none.
+    """Writes `metrics.jsonl`: one JSON object per line, written at once, so that a killed run loses none.
 
     Args:
         path: the file.
         resume_at: the iteration that a resumed run starts from. Lines after it are removed, since the run writes them again and
-            each iteration must stand in the file once. None appends to the file as it is.
-        evaluated: the evaluations at that iteration were made; otherwise their lines are removed, too.
-        binary: the model has a binary head, so lines have the key `sop_loss`.
+            each iteration must be in the file once. None removes no lines.
+        evaluated: the evaluations at that iteration were completed; if not, their lines are removed, too.
+        binary: the model has a binary head; only then lines have the key `sop_loss`.
     """
 
     def __init__(self, path: Path, resume_at: int | None, *, evaluated: bool = True, binary: bool = False) -> None:
         self.binary = binary
         self._file = SideFile(path, "metrics")
         last = TRUNCATED if resume_at is None else (resume_at, evaluated)
-        with warning_on_error(path, "lines of the interrupted run cannot be taken out"):
+        with warning_on_error(path, "lines of the interrupted run cannot be removed"):
             keep_lines(path, lambda line: _position(line) <= last)
 
     def line(self, metrics: Metrics, context: LogContext) -> None:
         values = asdict(metrics)
         extra = values.pop("extra")
         if not self.binary:
-            del values["sop_loss"]  # the key stands in the lines of models with a binary head alone
+            del values["sop_loss"]
         self._write(values | {name: value for name, value in extra.items() if name not in values})
 
     def evaluation(self, result: Evaluation, title: str) -> None:
@@ -136,12 +136,12 @@ class JsonLines(Sink):
 
     def _write(self, values: dict[str, Any]) -> None:
         # JSON has neither NaN nor infinity; null means unknown.
-        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._file.add(json.dumps(plain).encode() + b"\n")
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._file.add(json.dumps(finite).encode() + b"\n")
 
 
 def keep_lines(path: Path, wanted: Callable[[bytes], bool]) -> None:
-    """Remove lines from a file, and a last line that a kill or a full disk cut off.
+    """Remove lines from a file, and a last line that a kill or a full disk has truncated.
 
     Args:
         path: the file; it need not exist.
@@ -151,20 +151,20 @@ def keep_lines(path: Path, wanted: Callable[[bytes], bool]) -> None:
         return
     lines = read_bytes(path, MAX_METRICS_BYTES).splitlines(keepends=True)
     kept = [line for line in lines if wanted(line)]
-    # A line without a line break was cut off; if it still parses, only the line break is missing.
+    # A last line without a line break was truncated; if it can be parsed, only the line break is missing.
     if kept and not kept[-1].endswith(b"\n"):
         tail = kept.pop()
         kept += [tail + b"\n"] if _position(tail) != TRUNCATED else []
     if kept == lines:
         return
     if kept == lines[: len(kept)]:
-        os.truncate(path, sum(map(len, kept)))  # possible even when the disk is full
+        os.truncate(path, sum(map(len, kept)))  # possible even if the disk is full
     else:
         write_whole(path, b"".join(kept))  # writes a new file and renames it
 
 
 def _position(text: bytes) -> tuple[float, bool]:
-    """Return the iteration of a line and whether it is an evaluation's, which comes after the training line; for sorting."""
+    """Return a sort key of a line: its iteration, and whether it is an evaluation, which comes after the training line."""
     try:
         values = json.loads(text)
         return float(values["iteration"]), "split" in values
@@ -173,13 +173,13 @@ def _position(text: bytes) -> tuple[float, bool]:
 
 
 class TensorBoard(Sink):
-    """Writes Megatron-LM's tags to TensorBoard, over iterations and over samples."""
+    """Writes points to TensorBoard with Megatron-LM's tags, over iterations and over samples."""
 
     def __init__(self, config: LogConfig, resume_at: int | None) -> None:
         self.config = config
-        # TensorBoard hides the points of earlier files from this step on.
-        purge = None if resume_at is None else resume_at + 1
-        self._file = EventFile(Path(config.tensorboard_dir or "."), config.tensorboard_queue_size, purge)
+        # The first step that this run writes again, so that TensorBoard hides the points of earlier files from it on.
+        purge_step = None if resume_at is None else resume_at + 1
+        self._file = EventFile(Path(config.tensorboard_dir or "."), config.tensorboard_queue_size, purge_step)
 
     def step(self, metrics: Metrics, context: LogContext) -> None:
         if metrics.iteration % self.config.tensorboard_log_interval:
@@ -195,7 +195,7 @@ class TensorBoard(Sink):
             self._file.scalar(name, value, result.iteration)
             self._file.scalar(f"{name} vs samples", value, result.consumed_samples)
 
-    def close(self, ended: Outcome) -> None:
+    def close(self, outcome: Outcome) -> None:
         self._file.flush()
 
 
@@ -222,12 +222,12 @@ def learning_points(config: LogConfig, metrics: Metrics, context: LogContext) ->
         values["batch-size"] = context.global_batch_size
     if config.log_world_size_to_tensorboard:
         values["world-size"] = context.world_size
-    # The run's own tags take precedence over a hook's metric of the same name.
+    # These tags take precedence over a hook's metric of the same name.
     return dict(metrics.extra) | {tag: value for tag, value in values.items() if value is not None}
 
 
 def speed_points(config: LogConfig, metrics: Metrics) -> dict[str, float]:
-    """Return time, throughput and memory of a step by Megatron-LM's tags, times in seconds."""
+    """Return time (in seconds), throughput and memory of a step, by Megatron-LM's tags."""
     points: dict[str, float] = {}
     if metrics.iteration_time_ms is not None:
         points["iteration-time"] = metrics.iteration_time_ms / 1000
@@ -243,7 +243,7 @@ def speed_points(config: LogConfig, metrics: Metrics) -> dict[str, float]:
 
 
 def evaluation_points(config: LogConfig, result: Evaluation) -> dict[str, float]:
-    """Return the losses of an evaluation by Megatron-LM's tags."""
+    """Return the losses of an evaluation, by Megatron-LM's tags."""
     tag = f"lm loss {result.split}"
     points = {tag: result.lm_loss}
     if config.log_validation_ppl_to_tensorboard:
@@ -262,7 +262,7 @@ def open_sinks(
     binary: bool = False,
     wandb: Callable[[], Sink] | None = None,
 ) -> list[Sink]:
-    """Open the sinks that the configuration asks for. If TensorBoard is not installed, print that and leave it out.
+    """Open the sinks that the configuration asks for. If TensorBoard is not installed, print that and go on without it.
 
     Args:
         config: paths and options of the sinks.
@@ -270,7 +270,7 @@ def open_sinks(
         resume_at: see `JsonLines`.
         evaluated: see `JsonLines`.
         binary: see `JsonLines`.
-        wandb: opens the W&B sink; None for none.
+        wandb: opens the W&B sink; None without --wandb-project.
     """
     sinks: list[Sink] = [Console(out)]
     if config.metrics_path is not None:
@@ -279,9 +279,9 @@ def open_sinks(
         try:
             sinks.append(TensorBoard(config, resume_at))
         except ImportError:
-            how = install_command("tensorboard")
-            print(f"TensorBoard is not installed, going on without it: {how}", file=out, flush=True)
-        except Exception as error:  # TensorBoard's dependencies can fail on import in many ways
+            command = install_command("tensorboard")
+            print(f"TensorBoard is not installed, going on without it: {command}", file=out, flush=True)
+        except Exception as error:  # the import of TensorBoard's dependencies can fail in many ways
             warn(config.tensorboard_dir, "TensorBoard cannot be used", error)
     if wandb is not None:
         sinks.append(wandb())

@@ -1,4 +1,4 @@
-"""Connection from a run to the process that writes to Weights & Biases. It never blocks, except for some seconds at the end."""
+"""Connect a run to the process that writes to Weights & Biases, without ever blocking, except for some seconds at the end."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typing import Any
 from megatron.files.regular import parse_json
 from megatron.files.side import MAX_UNWRITTEN, warn
 
-END_SECONDS = 20.0  # how long the end of a run waits for W&B
-NAME = "W&B"
+MAX_END_SECONDS = 20.0  # how long the end of a run waits for W&B
+NAME = "W&B"  # in warnings
 
 
 class WandbLink:
-    """Starts `wandb_writer.py` and sends it messages as fast as it takes them; the others wait in memory.
+    """Starts `wandb_writer.py` and sends messages to it. Those that it cannot receive yet are queued in memory.
 
     Args:
         setup: the first message.
@@ -29,20 +29,20 @@ class WandbLink:
 
     def __init__(self, setup: Mapping[str, Any], log: Callable[[str], None]) -> None:
         self._log, self._unread = log, b""
-        self._waiting: deque[bytes] = deque(maxlen=MAX_UNWRITTEN)  # when it is full, the oldest messages are dropped
-        self._rest = b""  # the unsent part of a message that the socket took in part
+        self._waiting: deque[bytes] = deque(maxlen=MAX_UNWRITTEN)  # when full, it drops the oldest messages
+        self._rest = b""  # the unsent part of a message that was sent in part
         self._socket: socket.socket | None = None
-        self.done = False
-        path = os.pathsep.join(os.path.abspath(part) for part in sys.path)
+        self.done = False  # nothing more is expected from the process
+        python_path = os.pathsep.join(os.path.abspath(part) for part in sys.path)
         try:
-            self._socket, theirs = socket.socketpair()
-            with theirs:
+            self._socket, child_socket = socket.socketpair()
+            with child_socket:
                 self.process = subprocess.Popen(
                     [sys.executable, "-m", "megatron.train.wandb_writer"],
-                    stdin=theirs.fileno(),
+                    stdin=child_socket.fileno(),
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
-                    env=os.environ | {"PYTHONPATH": path},
+                    env=os.environ | {"PYTHONPATH": python_path},
                     start_new_session=True,  # so that a Ctrl-C in the terminal does not reach it
                 )
             self._socket.setblocking(False)  # a step must never wait for W&B
@@ -51,33 +51,34 @@ class WandbLink:
         self.send(setup)
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Send a message, or queue it until the socket takes more, and log the answers that have come meanwhile."""
+        """Send a message, or queue it until the socket accepts more, and log the replies that have arrived."""
         if self._socket is None:
             return
         self._waiting.append(json.dumps(message).encode() + b"\n")
         self._push()
-        self._listen()
+        self._read_replies()
 
-    def end(self, ended: str) -> None:
-        """Send how the run ended, and wait until W&B has everything, END_SECONDS at most."""
-        until = time.monotonic() + END_SECONDS
-        self.send({"ended": ended})
-        while self._socket is not None and (self._waiting or self._rest) and time.monotonic() < until:
+    def end(self, outcome: str) -> None:
+        """Send how the run ended, and wait until W&B has everything, MAX_END_SECONDS at most."""
+        deadline = time.monotonic() + MAX_END_SECONDS
+        self.send({"ended": outcome})
+        while self._socket is not None and (self._waiting or self._rest) and time.monotonic() < deadline:
             time.sleep(0.02)
             self._push()
         if self._socket is not None:
             self._socket.shutdown(socket.SHUT_WR)
-        while self._socket is not None and not self.done and time.monotonic() < until:
+        while self._socket is not None and not self.done and time.monotonic() < deadline:
             time.sleep(0.02)
-            self._listen()
+            self._read_replies()
         if self._socket is not None:
             self._socket.close()
             if not self.done:
-                later = "the rest is sent behind the run's back, or later by `wandb sync`"
-                warn(NAME, "not everything is sent", OSError(0, f"{END_SECONDS:g} s were not enough"), later)
+                consequence = "the rest is sent in the background, or later by `wandb sync`"
+                warn(NAME, "not everything is sent", OSError(0, f"{MAX_END_SECONDS:g} s were not enough"), consequence)
             self._socket = None
 
     def _push(self) -> None:
+        """Send queued messages, as many as the socket accepts now."""
         while self._socket is not None and (self._rest or self._waiting):
             self._rest = self._rest or self._waiting.popleft()
             try:
@@ -85,13 +86,13 @@ class WandbLink:
             except BlockingIOError:
                 return
             except OSError as error:
-                self._listen()  # the process may have sent the reason before it ended
+                self._read_replies()  # the process may have sent the reason before it ended
                 self._disconnect(error)
                 return
-            self._rest = self._rest[sent:]  # the socket may take a part only
+            self._rest = self._rest[sent:]  # the socket may accept only a part
 
-    def _listen(self) -> None:
-        """Read the answers of the process; disconnect when it has ended."""
+    def _read_replies(self) -> None:
+        """Handle the replies of the process that have arrived; disconnect if it has ended."""
         while self._socket is not None:
             try:
                 data = self._socket.recv(1 << 16)
@@ -102,11 +103,11 @@ class WandbLink:
                 return
             *lines, self._unread = (self._unread + data).split(b"\n")
             for line in lines:
-                self._handle_answer(parse_json(line))
+                self._handle_reply(parse_json(line))
             if not data:
                 self._disconnect(OSError(0, "its process ended"))
 
-    def _handle_answer(self, message: dict[str, Any]) -> None:
+    def _handle_reply(self, message: dict[str, Any]) -> None:
         if "info" in message:
             self._log(message["info"])
         elif "failed" in message:
@@ -117,7 +118,7 @@ class WandbLink:
 
     def _disconnect(self, error: OSError) -> None:
         if not self.done:
-            warn(NAME, "cannot be used any more", error)
+            warn(NAME, "can no longer be used", error)
         self.done = True
         if self._socket is not None:
             self._socket.close()

@@ -1,4 +1,4 @@
-"""Sink that reports to Weights & Biases through a separate process, so that the run never waits for the network."""
+"""Report to Weights & Biases through a separate process, so that the run does not wait for the network."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ class Wandb(Sink):
     """Sends the tags of TensorBoard to a run of Weights & Biases, each iteration once; see `wandb_run.py`.
 
     Args:
-        config: project, names and intervals.
+        config: contains the project, names and intervals.
         run: the W&B run.
-        record: the file that keeps the newest iteration sent to W&B; None without --save.
+        record: the file that records the newest points in W&B; None without --save.
         settings: the configuration that W&B shows for the run.
         out: the console.
     """
 
     def __init__(self, config: LogConfig, run: WandbRun, record: Path | None, settings: Mapping[str, Any], out: TextIO) -> None:
         self.config = config
-        about = dict(settings) | ({"forked_from": {"run": run.parent, "iteration": run.fork}} if run.parent else {})
+        shown = dict(settings) | ({"forked_from": {"run": run.parent, "iteration": run.fork}} if run.parent else {})
         init: dict[str, Any] = {"project": config.wandb_project, "name": config.wandb_exp_name, "id": run.id}
         init["entity"] = config.wandb_entity
-        init |= {"dir": os.path.abspath(config.wandb_save_dir or "."), "config": about}
+        init |= {"dir": os.path.abspath(config.wandb_save_dir or "."), "config": shown}
         setup = {"init": init, "run": asdict(run), "record": None if record is None else os.path.abspath(record)}
         self._link = WandbLink(setup, lambda text: print(text, file=out, flush=True))
 
@@ -51,12 +51,12 @@ class Wandb(Sink):
         self._send(result.iteration, result.split, evaluation_points(self.config, result))
 
     def _send(self, step: int, split: str | None, values: Mapping[str, float]) -> None:
-        # JSON knows no NaN and no infinity: they travel as text.
+        # JSON has neither NaN nor infinity; they are sent as text.
         sent = {tag: value if math.isfinite(value) else str(value) for tag, value in values.items()}
         self._link.send({"step": step, "split": split, "values": sent})
 
-    def close(self, ended: Outcome) -> None:
-        self._link.end(ended)
+    def close(self, outcome: Outcome) -> None:
+        self._link.end(outcome)
 
 
 def wandb_sink(run: Run, save: str | None, continues: bool, resumed: bool) -> Callable[[], Wandb] | None:
@@ -64,8 +64,8 @@ def wandb_sink(run: Run, save: str | None, continues: bool, resumed: bool) -> Ca
 
     Args:
         run: the run; its `state.wandb_run` is set.
-        save: the directory of checkpoints; None without --save.
-        continues: this process continues the run of --save.
+        save: the directory of --save; None without it.
+        continues: this process continues the run saved in --save.
         resumed: the run starts from a checkpoint.
 
     Returns:
@@ -73,14 +73,14 @@ def wandb_sink(run: Run, save: str | None, continues: bool, resumed: bool) -> Ca
     """
     config, state = run.config, run.state
     if not continues:
-        state.wandb_run = ""  # the id in a checkpoint from elsewhere belongs to that run
+        state.wandb_run = ""  # the id in a checkpoint from elsewhere is that of another run
     if config.log.wandb_project is None:
         return None
     record = None if save is None else Path(save) / WANDB_FILE
-    kept = read_wandb_run(record) if continues else WandbRun()
+    previous = read_wandb_run(record) if continues else WandbRun()
     settings = settings_digest(config, state.schedule)
-    held = state.wandb_run if resumed else kept.id
-    chosen = choose_wandb_run(held, state.iteration, kept, settings)
+    saved_id = state.wandb_run if resumed else previous.id
+    chosen = choose_wandb_run(saved_id, state.iteration, previous, settings)
     state.wandb_run = chosen.id
-    about = to_json(config) | {"world_size": run.job.env.world_size}
-    return partial(Wandb, config.log, chosen, record, about, sys.stdout)
+    shown = to_json(config) | {"world_size": run.job.env.world_size}
+    return partial(Wandb, config.log, chosen, record, shown, sys.stdout)

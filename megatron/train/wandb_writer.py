@@ -1,8 +1,8 @@
-"""Process that writes to Weights & Biases for a run: `python -m megatron.train.wandb_writer`, with a socket as its stdin.
+"""Write to Weights & Biases for a run, in a process of its own: `python -m megatron.train.wandb_writer`, a socket as stdin.
 
-A run must neither wait for W&B nor fail with it. W&B blocks, however: minutes for a network that is down, and at the end of the
-interpreter for an upload. It also replaces sys.exit and asks for keys on a terminal. So it runs in a process of its own, which
-receives a line of JSON for each point. That process outlives a run that is killed, and then marks it as failed.
+A run must neither wait for W&B nor fail with it. But W&B blocks for minutes when the network is down, and for an upload at the
+end of the interpreter. It also replaces sys.exit and asks for keys on a terminal. So it runs in a separate process, which
+receives a line of JSON for each point. If the run is killed, this process survives it and marks it as failed in W&B.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from megatron.files.regular import parse_json
 from megatron.train.wandb_run import WandbRun, read_wandb_run
 
 EXIT_CODES = {"finished": 0, "failed": 1, "preempted": 75}  # the exit statuses of the pretraining programs
-LOCK_SECONDS = 30.0  # how long the next slice waits for this process of the slice before
-MAX_SECONDS_AFTER_RUN = 600
-OFFLINE = ("offline", "dryrun", "disabled")
+LOCK_SECONDS = 30.0  # how long this process waits for that of the previous slice
+MAX_SECONDS_AFTER_RUN = 600  # time for the upload after the run has ended
+OFFLINE_MODES = ("offline", "dryrun", "disabled")
 
 Reply = Callable[[Mapping[str, Any]], None]
 
 
 def receive(channel: socket.socket) -> Iterator[list[dict[str, Any]]]:
-    """Yield the messages of the run, all that have arrived at a time, until the run ends."""
-    left = b""
+    """Yield the messages of the run until it ends, each time a list of those that have arrived."""
+    incomplete = b""  # start of a message
     while True:
         try:
             data = channel.recv(1 << 20)
@@ -40,80 +40,80 @@ def receive(channel: socket.socket) -> Iterator[list[dict[str, Any]]]:
             data = b""
         if not data:
             return
-        *lines, left = (left + data).split(b"\n")  # the last piece is a message that has come in part
+        *lines, incomplete = (incomplete + data).split(b"\n")
         if lines:
             yield [parse_json(line) for line in lines]
 
 
 def open_wandb_run(setup: Mapping[str, Any], reply: Reply) -> Any:
-    """Open the W&B run; without a network, an offline run whose points stay on the disk. Raises any exception of W&B."""
+    """Open the W&B run, or without a network an offline run, which stores its points on disk. Raises any exception of W&B."""
     import wandb
 
     # With resume="allow", W&B continues the run of this id if there is one, and creates it otherwise.
-    wanted = {name: value for name, value in setup["init"].items() if value is not None}
+    arguments = {name: value for name, value in setup["init"].items() if value is not None}
     try:
-        return wandb.init(**wanted, resume="allow", settings={"console": "off"})
+        return wandb.init(**arguments, resume="allow", settings={"console": "off"})
     except Exception as error:
-        if os.environ.get("WANDB_MODE") in OFFLINE:
+        if os.environ.get("WANDB_MODE") in OFFLINE_MODES:
             raise
-        then = f"points are kept below {wanted['dir']}, and `wandb sync` sends them"
-        reply({"failed": "cannot be reached", "error": error_text(error), "then": then})
-        return wandb.init(**wanted, resume="allow", settings={"console": "off"}, mode="offline")
+        consequence = f"points are stored below {arguments['dir']}, and `wandb sync` sends them"
+        reply({"failed": "cannot be reached", "error": error_text(error), "then": consequence})
+        return wandb.init(**arguments, resume="allow", settings={"console": "off"}, mode="offline")
 
 
 class Writer:
     """Logs points to a W&B run, each once, and records the newest."""
 
     def __init__(self, setup: Mapping[str, Any], run: Any, reply: Reply) -> None:
-        self._run, self._reply, self._failing = run, reply, set[str]()
+        self._run, self._reply, self._reported_failures = run, reply, set[str]()
         self._path = Path(setup["record"]) if setup["record"] else None
-        kept, wanted = read_wandb_run(self._path), WandbRun(**setup["run"])
-        # The process of the slice before may have logged more since this slice read the record.
-        self.record = replace(kept, settings=wanted.settings) if kept.id == wanted.id else wanted
-        self._begun = self.record.iteration
+        recorded, chosen = read_wandb_run(self._path), WandbRun(**setup["run"])
+        # The process of the previous slice may have logged more points since this slice read the record.
+        self.record = replace(recorded, settings=chosen.settings) if recorded.id == chosen.id else chosen
+        self._first_iteration = self.record.iteration
 
     def log_points(self, messages: list[dict[str, Any]]) -> str | None:
-        """Log the points that are new. Return how the run ended if one of the messages says so."""
-        ended = None
+        """Log the new points. Return the outcome of the run if one of the messages contains it."""
+        outcome = None
         for message in messages:
             if "ended" in message:
-                ended = str(message["ended"])
+                outcome = str(message["ended"])
                 continue
             step, split = message["step"], message["split"]
             newest = self.record.iteration if split is None else self.record.evaluations.get(split, -1)
             if step <= newest:
                 continue
-            # W&B refuses points of a step that an earlier slice has closed, so a late point goes to the next step.
-            with self._surviving("points cannot be logged"):
-                # NaN and infinity, which JSON does not have, are sent as text.
+            # W&B refuses points of steps that an earlier slice has logged, so a late point is logged at the next step.
+            with self._suppressing_errors("points cannot be logged"):
+                # NaN and infinity arrive as text, since JSON has neither.
                 values = {tag: float(v) if isinstance(v, str) else v for tag, v in message["values"].items()}
-                self._run.log(values, step=max(step, self._begun + 1))
+                self._run.log(values, step=max(step, self._first_iteration + 1))
             if split is None:
                 self.record = replace(self.record, iteration=step)
             else:
                 self.record = replace(self.record, evaluations={**self.record.evaluations, split: step})
         self.write_record()
-        return ended
+        return outcome
 
     def write_record(self) -> None:
-        """Write the newest points to the record beside the checkpoints."""
+        """Write the record of the newest points to its file beside the checkpoints."""
         if self._path is not None:
-            with self._surviving(f"{self._path} cannot be written"):
+            with self._suppressing_errors(f"{self._path} cannot be written"):
                 self.record.write(self._path)
 
-    def finish(self, ended: str) -> None:
-        """Report to W&B how the run ended, and wait until it has everything."""
-        with self._surviving("the run cannot be finished"):
-            if ended == "preempted":
+    def finish(self, outcome: str) -> None:
+        """Report the outcome of the run to W&B, and wait until everything is uploaded."""
+        with self._suppressing_errors("the run cannot be finished"):
+            if outcome == "preempted":
                 self._run.mark_preempting()
-        with self._surviving("the run cannot be finished"):
-            self._run.finish(exit_code=EXIT_CODES[ended])
+        with self._suppressing_errors("the run cannot be finished"):
+            self._run.finish(exit_code=EXIT_CODES[outcome])
 
-    def _surviving(self, what: str) -> _Surviving:
-        return _Surviving(what, self._failing, self._reply)
+    def _suppressing_errors(self, what: str) -> _ErrorSuppressor:
+        return _ErrorSuppressor(what, self._reported_failures, self._reply)
 
 
-class _Surviving:
+class _ErrorSuppressor:
     """Suppresses any exception inside the block, and reports each kind of failure once."""
 
     def __init__(self, what: str, reported: set[str], reply: Reply) -> None:
@@ -135,11 +135,11 @@ def error_text(error: BaseException) -> str:
 
 
 def wait_for_previous_slice(directory: Path) -> None:
-    """Lock the W&B directory, which the process of the slice before may still write to; do without where flock fails."""
+    """Lock the W&B directory, where the process of the previous slice may still write. Go on without a lock if flock fails."""
     with suppress(OSError):
         directory.mkdir(parents=True, exist_ok=True)
-        descriptor, until = os.open(directory, os.O_RDONLY), time.monotonic() + LOCK_SECONDS
-        while time.monotonic() < until:
+        descriptor, deadline = os.open(directory, os.O_RDONLY), time.monotonic() + LOCK_SECONDS
+        while time.monotonic() < deadline:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -149,17 +149,17 @@ def wait_for_previous_slice(directory: Path) -> None:
 
 
 def serve_run(channel: socket.socket) -> None:
-    """Handle the messages of a run, until its end."""
+    """Log the points of a run until its end, then finish the W&B run."""
 
     def reply(values: Mapping[str, Any]) -> None:
         with suppress(OSError):  # the run has ended
             channel.sendall(json.dumps(values).encode() + b"\n")
 
     messages = receive(channel)
-    first = next(messages, None)
-    if first is None:
+    first_messages = next(messages, None)
+    if first_messages is None:
         return
-    setup, *rest = first
+    setup, *points = first_messages
     wait_for_previous_slice(Path(setup["init"]["dir"]))
     try:
         run = open_wandb_run(setup, reply)
@@ -168,22 +168,22 @@ def serve_run(channel: socket.socket) -> None:
         return
     reply({"info": f"W&B: run {setup['run']['id']}, {getattr(run, 'url', None) or 'below ' + setup['init']['dir']}"})
     writer = Writer(setup, run, reply)
-    ended = writer.log_points(rest)
+    outcome = writer.log_points(points)
     for batch in messages:
-        ended = writer.log_points(batch) or ended
-    signal.alarm(MAX_SECONDS_AFTER_RUN)  # W&B may wait for a network for ever
-    writer.finish(ended or "failed")
+        outcome = writer.log_points(batch) or outcome
+    signal.alarm(MAX_SECONDS_AFTER_RUN)  # W&B may wait for the network for ever
+    writer.finish(outcome or "failed")
     reply({"done": True})
 
 
 def main() -> None:
     """Run the writer."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # they are meant for the run, whose end closes the socket
+        signal.signal(number, signal.SIG_IGN)  # the run answers these signals; when it ends, it closes the socket
     channel = socket.socket(fileno=os.dup(0))
-    nowhere = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nowhere, 0)  # W&B's own processes would inherit the socket as stdin and keep it open
-    os.close(nowhere)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)  # otherwise W&B's own processes would inherit the socket as stdin and keep it open
+    os.close(null)
     serve_run(channel)
 
 

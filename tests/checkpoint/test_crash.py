@@ -103,7 +103,7 @@ def test_an_error_at_every_step(tmp_path, number, for_ever, async_save):
         if saver.saved is None:
             failed += 1
             assert f"iter_0000200: could not be saved: the disk: {os.strerror(number)}" in said[1]
-            assert "Training goes on without this checkpoint, as --on-save-error continue says" in said[1]
+            assert "Training continues without this checkpoint because of --on-save-error continue" in said[1]
             assert for_ever or not list(root.glob(".iter*"))
             assert 100 in iteration_directories(root), "nothing older goes before the new one is there"
         else:

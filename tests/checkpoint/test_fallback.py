@@ -134,10 +134,10 @@ def test_nothing_whole_is_an_error_never_a_fresh_start(root, damage):
         shutil.rmtree(root / f"iter_{iteration:07d}")
     DAMAGE[damage](root)
     with pytest.raises(
-        CheckpointError, match=f"--auto-resume: no checkpoint in .* is whole: .*{SAID[damage]}.*; to start fresh"
+        CheckpointError, match=f"--auto-resume: no checkpoint in .* is complete: .*{SAID[damage]}.*; to start fresh"
     ):
         load_on_one_process(checkpoint_config(root, "auto"))
-    with pytest.raises(CheckpointError, match=f".*: no whole checkpoint is there: .*{SAID[damage]}"):
+    with pytest.raises(CheckpointError, match=f".*: there is no complete checkpoint: .*{SAID[damage]}"):
         load_on_one_process(checkpoint_config(root, "load"))
 
 
@@ -232,7 +232,9 @@ def test_a_checkpoint_of_another_model_is_no_way_back(root, monkeypatch):
     run = replace(CONFIG, checkpoint=checkpoint_config(root, "auto"))
     source, real = find_source(run.checkpoint), resume.read_config
     monkeypatch.setattr(resume, "read_config", lambda d: {**real(d), "model": asdict(replace(CONFIG.model, hidden_size=64))})
-    with pytest.raises(CheckpointError, match=r"passed over: .*; but it does not fit: `--hidden-size 32` .* made with 64"):
+    with pytest.raises(
+        CheckpointError, match=r"passed over: .*; but it does not fit the command: `--hidden-size 32` .* made with 64"
+    ):
         verify_source(source, run, Job(LaunchEnvironment(0, 1), torch.device("cpu"), None))
 
 
@@ -249,10 +251,10 @@ def test_settings_that_differ_from_the_saved_ones_are_listed(root):
         log=replace(CONFIG.log, log_interval=1),
     )
     title, head, *rows, order = difference_table(source, other)
-    assert order.startswith("  the order of samples is another"), "this checkpoint tells nothing of it, but the seed decides it"
+    assert order.startswith("  the order of samples differs"), "this checkpoint tells nothing of it, but the seed decides it"
     assert list(difference_table(source, other, False)) == [title, head, *rows]
     assert title == "  differs from the checkpoint:" and head.split("  ")[1] == "setting"
-    columns = [head.index(word) for word in ("setting", "in the checkpoint", "asked for", "counts")]
+    columns = [head.index(word) for word in ("setting", "in the checkpoint", "requested", "used")]
     table = [[row[a:b].strip() for a, b in zip(columns, [*columns[1:], None], strict=True)] for row in rows]
     assert table == [
         ["schedule, peak", "0.1", "0.2", "the checkpoint's"],
@@ -277,8 +279,8 @@ def test_other_training_data_only_when_told_so(root, monkeypatch):
         check_source(source, mixed)
     (problem,) = caught.value.problems
     assert str(problem) == (
-        f"`--data-path 0.3 data/text 0.7 data/code` changes the training data of {source.directory}, which went through "
-        "`data/text`; legal: data/text; --allow-data-change goes on at the same position of the new order"
+        f"`--data-path 0.3 data/text 0.7 data/code` changes the training data of {source.directory}, which was trained on "
+        "`data/text`; legal: data/text; --allow-data-change continues at the same position of the new order"
     )
     for change in (
         with_data(split="1,1,1"),
@@ -289,7 +291,7 @@ def test_other_training_data_only_when_told_so(root, monkeypatch):
             check_source(source, change)
     allowed = replace(mixed, checkpoint=CheckpointConfig(allow_data_change=True))
     check_source(source, allowed)
-    assert "samples that were seen can come again" in list(difference_table(source, allowed))[-1]
+    assert "samples may be repeated" in list(difference_table(source, allowed))[-1]
     check_source(replace(source, progress=False), mixed)  # --finetune
 
 

@@ -219,7 +219,7 @@ def test_training_on_from_an_import(sources, tmp_path, monkeypatch, capsys):
     for target, auto in ((run, "--auto-resume"), (ours, "")):  # --load names it, --auto-resume finds it
         assert train(1, target, ("--finetune", auto)) == 2
         err = capsys.readouterr().err
-        assert f"the checkpoint {ours}/iter_0000000 holds weights only" in err
+        assert f"the checkpoint {ours}/iter_0000000 contains weights only" in err
         assert f"--load {ours} --finetune" in err and "Traceback" not in err
     for iterations in (1, 2):  # the second goes on from the first
         assert train(iterations, run) == 0

@@ -159,7 +159,7 @@ def test_a_tokenizer_file_that_nobody_saved(run):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"iteration": "100"}, r"state\.json: train.iteration: '100' is not what"),
+        ({"iteration": "100"}, r"state\.json: train.iteration: '100' is not a value"),
         ({"iteration": -1}, "train.iteration"),
         ({"iteration": True}, "train.iteration"),
         ({"consumed_samples": 1 << 70}, "train.consumed_samples"),

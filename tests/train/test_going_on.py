@@ -18,7 +18,7 @@ from megatron.launch.heartbeat import Process
 from megatron.train.ending import Exit
 from megatron.train.lock import LOCK_FILE, LockHolder
 
-NOTE = "which is --save as well"
+NOTE = "which is also --save"
 
 
 def run(flags) -> int:
@@ -59,7 +59,7 @@ def test_the_stop_line_is_the_command_that_goes_on(short, tmp_path, capsys):
     (typed,) = re.findall(r"; start again with --auto-resume to go on: pretrain_gpt\.py (.*)$", capsys.readouterr().out, re.M)
     assert shlex.split(typed) == [*map(str, short), "--exit-interval", "2", "--auto-resume"]
     assert run([*short, "--exit-interval", "2"]) == 2, "the same command would begin anew"
-    assert "holds checkpoints already" in capsys.readouterr().err
+    assert "contains checkpoints already" in capsys.readouterr().err
     assert run([word for word in shlex.split(typed)]) == 0
     assert iterations(tmp_path / "run") == [1, 2, 3, 4]
     assert run([*short, "--overwrite", "--exit-interval", "2"]) == Exit.STOPPED
@@ -77,7 +77,7 @@ def test_a_run_from_elsewhere_sets_the_other_aside_and_is_gone_on_with_alone(sho
     assert run([*short, "--load", tmp_path / "other", "--exit-interval", "3"]) == Exit.STOPPED
     said, aside = capsys.readouterr().out, tmp_path / "run" / "set_aside_1"
     assert (
-        said.count("note: ") == 1 and f"note: {tmp_path}/run holds the checkpoints of iterations 2, 4, of another run" in said
+        said.count("note: ") == 1 and f"note: {tmp_path}/run contains the checkpoints of iterations 2, 4 of another run" in said
     )
     assert f"the checkpoints of iterations 2, 4 of another run are in {aside} now" in said
     assert iterations(aside) == [1, 2, 3, 4] and iterations(tmp_path / "run") == [3]

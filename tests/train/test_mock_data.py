@@ -107,7 +107,7 @@ def test_the_data_of_a_resumed_run_stay_what_they_were(tmp_path, capsys):
     real = [flag for flag in FLAGS if flag != "--mock-data"]
     assert pretrain([*real, *more, "--data-path", str(tmp_path / "corpus")], program="p", defaults={}) == 2
     assert "corpus` changes the training data of" in (error := capsys.readouterr().err)
-    assert "which went through `--mock-data`; legal: --mock-data;" in error and error.count("error: ") == 1
+    assert "which was trained on `--mock-data`; legal: --mock-data;" in error and error.count("error: ") == 1
     assert run(*more) == 0
     assert "`--mock-data` and `--data-path x` exclude each other" in run_and_fail(capsys, "--data-path", "x")
 

@@ -154,7 +154,7 @@ def test_the_schedule_of_a_resumed_run(flags, tmp_path, capsys):
         error = capsys.readouterr().err
         assert "`--lr` is 0.005; the schedule of " in error and "iter_0000004 has 0.01; legal: --override-opt_param" in error
         assert (
-            "--use-checkpoint-opt_param-scheduler goes on with the checkpoint's" in error and "`--weight-decay` is 0.1" in error
+            "--use-checkpoint-opt_param-scheduler keeps that of the checkpoint" in error and "`--weight-decay` is 0.1" in error
         )
         assert error.count("error: ") == 2 and not (tmp_path / extra).exists()
         assert run([*here, *root, *changed, extra]) == 0
@@ -195,7 +195,7 @@ def test_metrics_are_appended_and_a_finished_run_stays_finished(flags, tmp_path,
     assert run([*flags, "--auto-resume"]) == 0
     assert "nothing is left to train" in capsys.readouterr().out and metrics(tmp_path / "run") == before
     assert run([*flags, "--train-iters", "3"]) == 2 and metrics(tmp_path / "run") == before
-    assert "--auto-resume goes on with them; --overwrite begins anew" in capsys.readouterr().err
+    assert "--auto-resume resumes from them; --overwrite replaces them" in capsys.readouterr().err
     assert run([*flags, "--train-iters", "3", "--overwrite"]) == 0
     assert [json.loads(line) for line in (tmp_path / "run" / "metrics.1.jsonl").read_text().splitlines()] == before
     assert [line["iteration"] for line in metrics(tmp_path / "run") if "split" not in line] == [1, 2, 3]

@@ -82,7 +82,7 @@ def test_changes_without_effect_on_the_schedule_are_silent():
     constant = {"lr_decay_style": "constant"}
     check_schedule(saved_checkpoint(run(**constant)), run(8, **constant))  # the length of no decay
     growing = {"weight_decay_incr_style": "linear", "start_weight_decay": 0.0, "end_weight_decay": 0.1}
-    with pytest.raises(ConfigError, match="length of the weight decay's change"):
+    with pytest.raises(ConfigError, match="length of the change of weight decay"):
         check_schedule(saved_checkpoint(run(**constant, **growing)), run(8, **constant, **growing))
     with pytest.raises(ConfigError, match=r"`--end-weight-decay` is 0\.2"):
         check_schedule(saved_checkpoint(run(**growing)), run(**growing | {"end_weight_decay": 0.2}))
@@ -138,7 +138,7 @@ def test_a_checkpoint_that_says_nothing_of_what_came_later():
         del source.state.schedule[name]
     kept = replace(config, optim=replace(config.optim, use_checkpoint_opt_param_scheduler=True))
     assert choose_schedule(source, kept).weight_decay(8) == pytest.approx(0.1)
-    with pytest.raises(ConfigError, match=r"weight decay's change in samples \(`--train-iters 8` .* is 32; .* has 16"):
+    with pytest.raises(ConfigError, match=r"change of weight decay in samples \(`--train-iters 8` .* is 32; .* has 16"):
         check_schedule(source, config)
 
 

@@ -74,14 +74,14 @@ GOES = [
     ("--save run --load run/iter_0000004", "going back to iteration 4: "),
     (
         "--save run --load other",
-        "note: run holds the checkpoints of iterations 4, 8, of another run than --load other: ",
+        "note: run contains the checkpoints of iterations 4, 8 of another run than --load other: ",
     ),
-    ("--save run --load other --finetune", "note: run holds the checkpoints of iterations 4, 8, of another run than --load "),
+    ("--save run --load other --finetune", "note: run contains the checkpoints of iterations 4, 8 of another run than --load "),
     (
         "--save torn --load other",
-        "note: torn holds the checkpoints of iterations 4, of another run than --load ",
+        "note: torn contains the checkpoints of iterations 4 of another run than --load ",
     ),
-    ("--save emptied --load other", "note: emptied holds the traces of checkpoints, of another run than --load other: "),
+    ("--save emptied --load other", "note: emptied contains the remains of checkpoints of another run than --load other: "),
     ("--save run --skip-train", ""),
     ("--save run --skip-train --load other", ""),
     ("--save new --overwrite", ""),
@@ -90,15 +90,15 @@ GOES = [
     ("--save run --overwrite --load run --finetune", "--overwrite: the checkpoints of iterations 4, 8"),
 ]
 REFUSED = [
-    ("--save run", "would begin anew over them; legal: --auto-resume goes on with them; --overwrite begins anew"),
-    ("--save link", "would begin anew over them"),
-    ("--save torn", "would begin anew over them"),
-    ("--save emptied", "would begin anew over them"),
-    ("--save run --finetune --load run", "--finetune would begin anew over them, the one that it loads among them"),
-    ("--save run --overwrite --load run", "while --overwrite begins anew over them"),
+    ("--save run", "this new run would overwrite them; legal: --auto-resume resumes from them; --overwrite replaces them"),
+    ("--save link", "would overwrite them"),
+    ("--save torn", "would overwrite them"),
+    ("--save emptied", "would overwrite them"),
+    ("--save run --finetune --load run", "--finetune would overwrite them, including the one that it loads"),
+    ("--save run --overwrite --load run", "while --overwrite replaces them"),
     ("--save run/iter_0000004", "is one checkpoint, not a directory of them"),
     ("--save run/iter_0000004 --auto-resume", "is one checkpoint, not a directory of them"),
-    ("--save torn --overwrite", "cannot be written over with --overwrite: torn/iter_0000004: it has no manifest.json"),
+    ("--save torn --overwrite", "cannot be replaced with --overwrite: torn/iter_0000004: it has no manifest.json"),
 ]
 
 
@@ -121,7 +121,7 @@ def test_flags_that_would_mix_runs_are_refused(disk, flags, why):
 def test_fine_tuning_again_is_refused_since_it_is_no_load(disk):
     task = TaskConfig(pretrained_checkpoint="other")
     config = RunSettings(checkpoint=CheckpointConfig(save="run", load="other", finetune=True), task=task)
-    with pytest.raises(ConfigError, match="fine-tuning from --pretrained-checkpoint other would begin anew over them"):
+    with pytest.raises(ConfigError, match="fine-tuning from --pretrained-checkpoint other would overwrite them"):
         check_save(StateSource(Path("other/iter_0000006")), config)
 
 
@@ -134,7 +134,7 @@ def test_another_runs_checkpoints_are_set_aside_whole(disk):
         before = {path.name: path.read_bytes() for path in Path("run/iter_0000008").iterdir()} if number == 1 else {}
         said = set_run_aside(Path("run"), "run/metrics.jsonl")
         aside = Path(f"run/set_aside_{number}")
-        assert said is not None and said.endswith(f"of another run are in {aside} now: --load {aside} goes on with them")
+        assert said is not None and said.endswith(f"of another run are in {aside} now: --load {aside} resumes that run")
         assert sorted(os.listdir("run")) == ["notes.txt", *(f"set_aside_{n + 1}" for n in range(number))]
         assert newest_complete(Path("run")).empty  # --auto-resume finds nothing: the run begins from --load again
         if number == 1:
@@ -152,7 +152,7 @@ def test_a_first_start_by_the_same_directory_twice(disk):
         Path("link2").unlink(missing_ok=True)
         Path("link2").symlink_to("new")
         source = find_source(CheckpointConfig(save=save_, load=load))
-        assert source.directory is None and source.lines[0] == f"nothing to load in {load} yet, which is --save as well"
+        assert source.directory is None and source.lines[0] == f"nothing to load in {load} yet, which is also --save"
     for name, config in (
         ("emptied", CheckpointConfig(save="emptied", load="emptied")),
         ("torn", CheckpointConfig(save="torn", load="torn")),
@@ -186,7 +186,7 @@ def test_overwriting_removes_the_old_run_alone_and_only_when_asked(disk):
     old.put_aside(storage)
     assert ".iter_0000008.deleted" in os.listdir("run") and "iter_0000008" not in os.listdir("run")
     Path("other/iter_0000006/notes.txt").write_text("mine")
-    with pytest.raises(ConfigError, match=r"other/iter_0000006/notes\.txt is no part of a checkpoint"):
+    with pytest.raises(ConfigError, match=r"other/iter_0000006/notes\.txt is not part of a checkpoint"):
         start("--save other --overwrite")
 
 
@@ -195,7 +195,7 @@ def test_metrics_of_a_run_that_is_written_over_are_kept(tmp_path):
     assert set_metrics_aside(path, save_) is None
     for text in ("a", "b"):
         path.write_text(text)
-        assert "metrics.jsonl of the run before is" in (set_metrics_aside(path, save_) or "")
+        assert "metrics.jsonl of the previous run is" in (set_metrics_aside(path, save_) or "")
     assert [(tmp_path / f"metrics.{n}.jsonl").read_text() for n in (1, 2)] == ["a", "b"] and not path.exists()
     path.write_text("c")
     assert set_metrics_aside(path, str(tmp_path / "run")) is None and path.read_text() == "c"

@@ -96,7 +96,7 @@ def test_a_stop_before_the_ranks_have_joined(slices, command, tmp_path, ranks):
     said = f"stopping before the first step: SIGTERM to rank {ranks - 1}; there is nothing to save; start again to go on\n"
     assert first.statuses == [75] * ranks and first.err == said and first.seconds < 60.0
     second = slices(command("split"), **early)
-    assert second.statuses[ranks - 1] == 1 and "2 slices in a row ended without a single step" in second.err
+    assert second.statuses[ranks - 1] == 1 and "2 slices in a row ended without a step" in second.err
     assert len(second.errors) == 1
     if ranks == 1:
         assert slices(command("split", "--exit-interval", "1"), ranks=1).statuses == [75]
@@ -110,7 +110,7 @@ def test_a_stop_during_the_evaluation_that_is_made_up_for(slices, command, flags
     assert first.statuses == second.statuses == [75, 75]
     assert "stopping after iteration 5: SIGTERM to rank 0; nothing new to save; start again" in second.out
     third = slices(command("split", "--auto-resume"), fault=(0, "eval", 1, "SIGTERM"), launcher=False)
-    assert third.statuses == [1, 1] and "2 slices in a row ended without a single step" in third.err
+    assert third.statuses == [1, 1] and "2 slices in a row ended without a step" in third.err
     assert len(third.errors) == 1
     assert slices(command("split", "--auto-resume")).statuses == [0, 0]
     assert metrics(tmp_path / "split") == whole(flags)

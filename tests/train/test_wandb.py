@@ -69,7 +69,7 @@ def test_one_run_over_restarts_and_each_point_once(flags, tmp_path, wandb, capsy
 def test_no_failure_of_it_ends_or_delays_a_run(flags, tmp_path, wandb, monkeypatch, caplog, fault, said):
     monkeypatch.setenv("FAKE_WANDB_FAULT", fault)
     if fault == "hang":
-        monkeypatch.setattr(wandb_link, "END_SECONDS", 0.2)
+        monkeypatch.setattr(wandb_link, "MAX_END_SECONDS", 0.2)
     with caplog.at_level(logging.WARNING):
         assert run([*flags, "--train-iters", 3, "--eval-iters", 1, "--wandb-project", "p"]) == Exit.FINISHED
     warned = [record.getMessage() for record in caplog.records if record.getMessage().startswith("W&B: ")]
