@@ -1,8 +1,7 @@
 """Export a checkpoint as a Hugging Face directory, and verify it.
 
-It appears under its name only once transformers has opened it and computed the same logits as this framework.
-
-A family that transformers has no class for, which another package brought, is read back here instead.
+The directory appears under its name only after transformers has opened it and computed the same logits as this framework.
+Where transformers has no class for a family that another package adds, the export is read back by our own importer instead.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ from megatron.interop.side_files import has_tokenizer, legacy_generation_setting
 from megatron.launch.packages import install_command
 from megatron.model.transformer import Transformer
 
-# Settings that config.json must hold, since the logits do not show them.
+# Settings that are compared with config.json, since logits alone do not reveal a difference in them.
 COMPARED_SETTINGS = (
     "vocab_size",
     "max_position_embeddings",
@@ -67,7 +66,7 @@ PROMPTS = (
 
 
 class ExportError(Exception):
-    """The export was written and does not hold what it should, or could not be tried."""
+    """The written export failed its verification, or transformers for the verification is not installed."""
 
 
 def export_hf(
@@ -83,44 +82,44 @@ def export_hf(
     """Export a checkpoint of any layout as a Hugging Face directory.
 
     Args:
-        checkpoint: directory of checkpoints, or one iter_ directory.
-        output: the directory to make.
-        iteration: default the latest.
-        dtype: of the tensors, default as saved.
-        verify: open the result with transformers and compare the fp32 logits of both models on fixed prompts, of a BERT with
-            padding, and those of its binary head too; then again with random weights in both. Where transformers has no such
-            class, the result is read back here, and tensors and hidden states are compared.
+        checkpoint: a directory of checkpoints, or one iter_ directory.
+        output: the directory to create.
+        iteration: the iteration to export; None for the latest.
+        dtype: the dtype of the exported tensors; None for that of the checkpoint.
+        verify: open the result with transformers and compare the fp32 logits of both models on fixed prompts, then again with
+            random weights in both; a BERT's prompts are padded, and its binary head is compared too. Where transformers has no
+            class for the model, the result is read back by our own importer, and tensors and hidden states are compared.
         overwrite: replace an earlier export.
-        say: is told, a line each, what is done and what is left out.
+        say: receives each line about what is done and what is left out.
 
     Returns:
         The iter_ directory that was exported.
 
     Raises:
-        OutputError: for a place that is taken or read.
-        CheckpointError, DataError: for a bad checkpoint.
-        ExportError: when the verification fails, and then what was written is `output` with `.failed` behind its name.
+        OutputError: `output` exists and may not be replaced, or is the directory that is read.
+        CheckpointError, DataError: the checkpoint or its tokenizer cannot be read.
+        ExportError: the verification failed; the files are then in the directory named `output` + `.failed`.
     """
     directory = find_checkpoint(Path(checkpoint), iteration, lambda line: say(f"note: {line}"))
     output = check_replaceable("--output", Path(output), [directory], overwrite=overwrite)
-    failed = check_replaceable("--output", output.with_name(output.name + ".failed"), [directory], overwrite=True)
+    failed_output = check_replaceable("--output", output.with_name(output.name + ".failed"), [directory], overwrite=True)
     if verify:
-        _need_transformers()
+        _require_transformers()
     with PendingDirectory(output, "export_hf") as pending:
-        tokenizer, written = _write_directory(directory, pending.temporary, dtype, verify=verify, say=say)
+        tokenizer, exported_dtype = _write_directory(directory, pending.temporary, dtype, verify=verify, say=say)
         if verify:
             try:
-                say(verify_export(directory, pending.temporary, tokenizer, written))
+                say(verify_export(directory, pending.temporary, tokenizer, exported_dtype))
             except ExportError as error:
-                pending.commit(failed)  # for whoever looks for the fault
-                raise ExportError(f"{error}. What was written is {failed}") from error
+                pending.commit(failed_output)  # so that the user can look for the fault
+                raise ExportError(f"{error}. The written files are in {failed_output}") from error
         else:
             say("not verified (--no-verify)")
         pending.commit()
     return directory
 
 
-def _need_transformers() -> None:
+def _require_transformers() -> None:
     """Raise ExportError, before anything is written, where transformers cannot be imported."""
     try:
         import_transformers()
@@ -136,62 +135,66 @@ def _write_directory(
     """Write all files of the Hugging Face directory `out`: configuration, weights, tokenizer and generation settings.
 
     Returns:
-        The tokenizer whose files are in it, or None, and the type of the tensors.
+        The tokenizer whose files were written, None without one; and the dtype of the tensors.
     """
     tokenizer = open_tokenizer(directory)
-    imported = read_kept_files(directory)
-    files = with_chosen_eod(imported, tokenizer)
+    imported_files = read_kept_files(directory)
+    files = with_chosen_eod(imported_files, tokenizer)
     say(f"writing {directory} as a Hugging Face directory")
     ids = kept_token_ids(files)
     ids = _special_token_ids(tokenizer) if ids is None else ids
-    # Weights that came from a family go back to it, where several families can express the model.
-    source = str((kept_config(imported) or {}).get("model_type"))
-    written = export_weights(
+    # Where several families can express the model, it is exported as the family that it was imported from.
+    source = str((kept_config(imported_files) or {}).get("model_type"))
+    exported_dtype = export_weights(
         directory, out, dtype, model_type=source, token_ids=ids, generation=legacy_generation_settings(files)
     )
     config = read_model_config(directory)
-    for setting, why in family_for_export(config, source).unwritten_settings.items():
+    for setting, reason in family_for_export(config, source).unwritten_settings.items():
         if getattr(config, setting):
-            say(f"{why}, so {getattr(config, setting):g} is not written")
+            say(f"{reason}, so {getattr(config, setting):g} is not written")
     write_side_files(files, out)
     if tokenizer is None or isinstance(tokenizer, NullTokenizer):
-        what = "the checkpoint holds no tokenizer" if tokenizer is None else "a NullTokenizer has no text"
-        say(f"no tokenizer files: {what}")
-        return None, written
+        reason = "the checkpoint holds no tokenizer" if tokenizer is None else "a NullTokenizer has no text"
+        say(f"no tokenizer files: {reason}")
+        return None, exported_dtype
     if has_tokenizer(files):
-        say("tokenizer files and generation settings as they were imported")
-        if files != imported:
-            say(f"but for the end of a text, which is also {describe_token(tokenizer, tokenizer.eod)}, chosen by --eod-token")
+        say("tokenizer files and generation settings are written as they were imported")
+        if files != imported_files:
+            say(f"but {describe_token(tokenizer, tokenizer.eod)}, chosen by --eod-token, ends a text too")
         if verify:
             _check_tokenizer(out, tokenizer)
     else:
         segments = config.architecture == "bert" and config.bert_binary_head
         tokenizer.hf_files(out, config.max_position_embeddings, segments=segments)
-    return tokenizer, written
+    return tokenizer, exported_dtype
 
 
 def _special_token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
-    """Return the fields of config.json about special tokens where no imported file has them. A text begins as it ends."""
+    """Return the fields of config.json about special tokens, for models without imported files.
+
+    Where the tokenizer has no token that begins a text, the one that ends a text is used for it.
+    """
     special = dict(tokenizer.special) if tokenizer else {}
     ids = {"bos": special.get("bos", special.get("eod")), "eos": special.get("eod"), "pad": special.get("pad")}
     return {f"{role}_token_id": number for role, number in ids.items()}
 
 
 def _check_tokenizer(exported: Path, tokenizer: Tokenizer) -> None:
-    """Compare transformers' tokenizer of the exported directory with the checkpoint's. ExportError when they differ.
+    """Compare the tokenizer that transformers opens in the exported directory with the checkpoint's.
 
-    A family may stand under another name than at its source, and transformers then read the same files in another way. So
-    where they differ the checkpoint's own tokenizer.json is written, under the class that takes it as it is.
+    An export may have another `model_type` than the directory that was imported, and transformers may then interpret the same
+    tokenizer files differently. In that case the checkpoint's tokenizer.json is written instead, with PreTrainedTokenizerFast
+    as its class, which uses the file unchanged, and the comparison is repeated. ExportError when it fails again.
     """
-    for last in (False, True):
+    for rewritten in (False, True):
         try:
-            why = tokenizer_difference(tokenizer, auto_tokenizer(exported))
+            difference = tokenizer_difference(tokenizer, auto_tokenizer(exported))
         except TokenizerError as error:
-            why = str(error)
-        if why is None:
+            difference = str(error)
+        if difference is None:
             return
-        if last:
-            raise ExportError(f"the tokenizers disagree: {why}")
+        if rewritten:
+            raise ExportError(f"the tokenizers disagree: {difference}")
         tokenizer.backend().save(str(exported / "tokenizer.json"), pretty=False)
         path = exported / "tokenizer_config.json"
         tokenizer_config = read_json_object(path)
@@ -201,21 +204,22 @@ def _check_tokenizer(exported: Path, tokenizer: Tokenizer) -> None:
 
 
 def verify_export(directory: Path, exported: Path, tokenizer: Tokenizer | None, dtype: torch.dtype) -> str:
-    """Compare an export with its checkpoint: opened by transformers, or read back here where that has no such class.
+    """Compare an export with its checkpoint, by transformers or, where it has no class for the model, by our own importer.
 
-    Both models compute in fp32 from the weights in the type that was written.
+    Both models compute in fp32, from weights rounded to the exported dtype.
 
     Args:
-        directory: the checkpoint's.
+        directory: the checkpoint's iter_ directory.
         exported: the Hugging Face directory.
-        tokenizer: whose files are in it, if any.
-        dtype: of its tensors.
+        tokenizer: the tokenizer whose files were exported, None without one.
+        dtype: the dtype of the exported tensors.
 
     Returns:
-        A line that says what was compared, and how far it differs.
+        A line about what was compared, and the largest difference.
 
     Raises:
-        ExportError: when the directory does not open cleanly, when its settings or the tokenizers disagree, or the logits do.
+        ExportError: transformers cannot open the directory, or finds unexpected weights in it; or settings, tokenizers or
+            logits differ.
     """
     hf_config = read_json(exported / "config.json")
     family = family_named(hf_config["model_type"])
@@ -242,9 +246,10 @@ def verify_export(directory: Path, exported: Path, tokenizer: Tokenizer | None, 
             continue
         ids = tokenizer.tokenize(text)
         if (hf_ids := hf_tokenizer(text, add_special_tokens=False)["input_ids"]) != ids:
-            raise ExportError(f"the tokenizers disagree on {text!r}: {ids} here, {hf_ids} there")
-        within = [number for number in ids if number < opened.config.known_vocab_size]  # there may be fewer rows than tokens
-        prompts.append(within[: opened.config.max_position_embeddings])
+            raise ExportError(f"the tokenizers disagree on {text!r}: {ids} here, {hf_ids} in transformers")
+        # The model may have fewer rows than the tokenizer has tokens.
+        with_rows = [number for number in ids if number < opened.config.known_vocab_size]
+        prompts.append(with_rows[: opened.config.max_position_embeddings])
     try:
         agreement = compare_models(opened.model, hf_model, family, prompts)
     except LogitsError as error:
@@ -253,16 +258,16 @@ def verify_export(directory: Path, exported: Path, tokenizer: Tokenizer | None, 
 
 
 def _round_weights(model: Transformer, family: HFFamily, dtype: torch.dtype) -> None:
-    """Round the weights of a model as those of its export in `dtype` are, so that the logits can be equal."""
+    """Round the weights of a model as its export in `dtype` rounded them, so that the logits can be equal."""
     weights = {shard.name: shard.data for shard in ModuleWeights(model).shards()}
     for name, value in family.rounded(weights, model.config, dtype).items():
         weights[name].copy_(value)
 
 
 def _verify_by_reading_back(directory: Path, exported: Path, family: HFFamily, dtype: torch.dtype) -> str:
-    """Read the export with our own reader, and compare every tensor and the hidden states; returns a line about it.
+    """Read the export with our own importer, compare every tensor and the hidden states, and return a line about the result.
 
-    This shows that the family's two directions belong together, not that another program computes the same.
+    This shows that the family's import inverts its export, not that another program computes the same from the files.
     """
     opened = open_model(directory, dtype=torch.float32)
     _check_settings(opened.config, family, read_json(exported / "config.json"))
@@ -277,21 +282,21 @@ def _verify_by_reading_back(directory: Path, exported: Path, family: HFFamily, d
             continue
         to_hf = row.conversion.to_hf
         pairs = zip(to_hf(weights[row.native], opened.config), to_hf(weights_back[row.native], config), strict=True)
-        if not all(torch.equal(here.to(dtype), there.to(dtype)) for here, there in pairs):
+        if not all(torch.equal(original.to(dtype), reread.to(dtype)) for original, reread in pairs):
             raise ExportError(f"read back, {row.native} is another tensor")
     _round_weights(opened.model, family, dtype)
     architecture, difference = family.exported_class(config).architecture, hidden_state_difference(opened.model, read_back)
     if not difference <= LOGIT_TOLERANCE:
         raise ExportError(f"read back, its hidden states differ by {difference:.2e}, more than {LOGIT_TOLERANCE:.1g}")
     return (
-        f"transformers has no {architecture}, so no logits are compared; read back here, all {len(weights_back)} tensors are "
+        f"transformers has no {architecture}, so no logits are compared; read back here, all {len(weights_back)} tensors equal "
         f"the checkpoint's, and hidden states differ by at most {difference:.2e}"
     )
 
 
 def _check_settings(config: ModelConfig, family: HFFamily, hf_config: Mapping[str, Any]) -> None:
-    """Raise ExportError when config.json lacks what the logits cannot show: what training needs, and the vocabulary."""
-    back = config_from_hf(hf_config, family)
+    """Raise ExportError where a setting read back from config.json differs from the checkpoint's."""
+    read_back = config_from_hf(hf_config, family)
     for name in COMPARED_SETTINGS:
-        if getattr(back, name) != getattr(config, name) and name not in family.unwritten_settings:
-            raise ExportError(f"config.json says {name} {getattr(back, name)}, the checkpoint {getattr(config, name)}")
+        if getattr(read_back, name) != getattr(config, name) and name not in family.unwritten_settings:
+            raise ExportError(f"config.json says {name} {getattr(read_back, name)}, the checkpoint {getattr(config, name)}")

@@ -1,4 +1,4 @@
-"""Write weights from elsewhere as a checkpoint of ours, once they are those of a model, together with the tokenizer."""
+"""Write imported weights and their tokenizer as a checkpoint, after comparing them with the model's names and shapes."""
 
 from __future__ import annotations
 
@@ -35,18 +35,19 @@ def write_imported(
     """Write the checkpoint `root/iter_<iteration>`, weights only.
 
     Args:
-        root: directory of checkpoints.
-        config: resolved.
-        weights: under our global names, whole.
-        tokenizer: is kept with the weights.
-        iteration: of the checkpoint.
-        kept: files of the Hugging Face directory that the weights come from, see megatron/interop/side_files.py.
+        root: the directory of checkpoints.
+        config: the resolved configuration.
+        weights: the whole tensors under our global names.
+        tokenizer: the tokenizer to store in the checkpoint, None without one.
+        iteration: the checkpoint's iteration.
+        kept: name -> content of the other files of the imported Hugging Face directory, as `side_files.read_side_files`
+            returns them.
 
     Returns:
         The checkpoint's directory.
 
     Raises:
-        CheckpointError: when the weights are not exactly the model's, and when `root` holds other checkpoints.
+        CheckpointError: names or shapes of the weights are not the model's, or `root` holds other checkpoints.
     """
     check_save_root(root, iteration)
     check_weights(config, weights)
@@ -55,18 +56,18 @@ def write_imported(
 
 
 def vocabulary_mismatch(config: ModelConfig, tokenizer: Tokenizer) -> str | None:
-    """Return a note where a model has not one row for each token of its tokenizer; None where it has."""
+    """Return a note if a model's vocabulary and its tokenizer's differ in size; None if they are equal."""
     rows, tokens = config.known_vocab_size, tokenizer.vocab_size
     if rows == tokens:
         return None
-    way = f"to train on with this tokenizer, import with --vocab-size {tokens}"
+    advice = f"to continue training with this tokenizer, import with --vocab-size {tokens}"
     if tokens < rows:
-        return f"the tokenizer has {tokens} tokens, the model {rows}; {way}"
+        return f"the tokenizer has {tokens} tokens, the model {rows}; {advice}"
     names = ", ".join(repr(tokenizer.piece(number)) for number in range(rows, min(tokens, rows + 5)))
     more = ", ..." if tokens > rows + 5 else ""
     return (
         f"the tokenizer has {tokens} tokens, the model {rows}: there is no row for {names}{more}, and a text with such a token "
-        f"is refused; {way}, which makes new rows"
+        f"is refused; {advice}, which adds rows"
     )
 
 
@@ -74,27 +75,27 @@ def check_weights(config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
     """Compare the names and shapes of weights with those of a model.
 
     Args:
-        config: resolved, and perhaps of no possible model.
-        weights: under our global names, whole.
+        config: the resolved configuration, whose values may still be out of range.
+        weights: the whole tensors under our global names.
 
     Raises:
-        CheckpointError: when they differ, and when there can be no model with this configuration.
+        CheckpointError: names or shapes differ, or no model can be built from the configuration.
     """
     layers = len({name.split(".")[1] for name in weights if name.startswith("layers.")})
-    if config.num_layers != layers:  # before anything is made for every layer
-        raise CheckpointError(f"its settings say {config.num_layers} layers, and there are {layers}")
+    if config.num_layers != layers:  # checked before a huge number of layers is built
+        raise CheckpointError(f"its settings say {config.num_layers} layers, but its weights have {layers}")
     try:
         if problems := [problem for _, problem in out_of_range(RunSettings(model=config))]:
             raise ValueError("; ".join(map(str, problems)))
         plan = plan_model_stages(config)
         stages = build_stages(
             config, plan.placement, plan.parts, TensorParallel.alone(), 0, device="meta"
-        )  # shapes alone, in no memory
+        )  # shapes only, without memory
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"its settings describe no model: {error}") from error
     shapes = {param_spec(p).name: param_spec(p).shape for stage in stages.values() for p in stage.parameters()}
-    wrong = [f"{name} is not there" for name in sorted(shapes.keys() - weights.keys())]
-    wrong += [f"{name} has no place" for name in sorted(weights.keys() - shapes.keys())]
+    wrong = [f"{name} is missing" for name in sorted(shapes.keys() - weights.keys())]
+    wrong += [f"{name} is not part of the model" for name in sorted(weights.keys() - shapes.keys())]
     wrong += [
         f"{name} is {tuple(weights[name].shape)}, not {shape}"
         for name, shape in shapes.items()
@@ -106,10 +107,10 @@ def check_weights(config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
 
 
 def tokenizer_from_flags(flags: TokenizerConfig) -> tuple[Tokenizer | None, int | None]:
-    """Return the tokenizer that flags name, and the true size of the vocabulary that they give; None where they give none.
+    """Return the tokenizer that the flags name and the unpadded vocabulary size; None for each that they do not give.
 
     Raises:
-        DataError: as `build_tokenizer`, and for a file without a --tokenizer-type.
+        DataError: the tokenizer cannot be built, or its files are given without --tokenizer-type.
     """
     if flags.tokenizer_type is None:
         if flags != replace(TokenizerConfig(), vocab_size=flags.vocab_size):

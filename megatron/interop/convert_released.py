@@ -25,17 +25,17 @@ from megatron.interop.released_kinds import GPT2_KIND, ReleasedKind
 from megatron.launch.tool_parser import ToolParser, non_empty_path
 
 OUTPUT_NAMES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-# Where GPT-2's two files are looked for beside the archive: the names under which they are published.
-VOCABULARIES = (("gpt2-vocab.json", "gpt2-merges.txt"), ("vocab.json", "merges.txt"))
+# The names under which GPT-2's vocabulary and merges are published; they are searched beside the archive.
+VOCABULARY_FILES = (("gpt2-vocab.json", "gpt2-merges.txt"), ("vocab.json", "merges.txt"))
 
 
 def parse_arguments(kind: ReleasedKind, doc: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line of the script for one kind of model.
 
     Args:
-        kind: of the model.
+        kind: the kind of model that the script converts.
         doc: the script's docstring, for --help.
-        argv: the arguments; None for those of the process.
+        argv: the arguments; None for `sys.argv[1:]`.
     """
     parser = ToolParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--print-checkpoint-structure", action="store_true", help="list what is in the archive")
@@ -55,12 +55,12 @@ def main(kind: ReleasedKind, doc: str | None, argv: Sequence[str] | None = None)
     """Run the script for one kind of model.
 
     Args:
-        kind: of the model.
+        kind: the kind of model that the script converts.
         doc: the script's docstring, for --help.
-        argv: the arguments; None for those of the process.
+        argv: the arguments; None for `sys.argv[1:]`.
 
     Returns:
-        The exit status: 0 done, 2 bad input, 1 a disk that refuses.
+        The exit status: 0 for success, 2 for bad input, 1 for an error of the file system.
     """
     args = parse_arguments(kind, doc, argv)
     path: Path = args.path_to_checkpoint
@@ -91,7 +91,7 @@ def main(kind: ReleasedKind, doc: str | None, argv: Sequence[str] | None = None)
 
 
 def describe_structure(value: Any, indent: int = 0) -> list[str]:
-    """Return a nested dictionary as lines: names, and the shapes of tensors."""
+    """Return lines that list a nested dictionary: keys, shapes and dtypes of tensors, and other values."""
     lines = []
     for key, item in value.items():
         start = " " * indent + str(key)
@@ -107,20 +107,20 @@ def describe_structure(value: Any, indent: int = 0) -> list[str]:
 
 
 def write_gpt2_tokenizer(out: Path, tokenizer_type: Any, hf_config: Mapping[str, Any]) -> str:
-    """Write GPT-2's tokenizer where its files can be had on this machine.
+    """Write GPT-2's tokenizer if its files are beside the archive or in the cache of transformers.
 
     Args:
-        out: directory of the files, in which the vocabulary is looked for first.
-        tokenizer_type: Megatron-LM's, of the archive's args; None where they do not say.
+        out: the output directory, which is also the archive's.
+        tokenizer_type: --tokenizer-type in the archive's args; None if they do not contain it.
         hf_config: the content of config.json.
 
     Returns:
-        A line that says where it was found, or how to get it.
+        A line about where the tokenizer was found, or how to get it.
     """
     if tokenizer_type not in (None, "GPT2BPETokenizer"):
-        return f"no tokenizer files: the model was trained with {tokenizer_type}; bring that one yourself"
+        return f"no tokenizer files: the model was trained with {tokenizer_type}; add its files yourself"
     length = int(hf_config["n_positions"])
-    for vocab, merges in VOCABULARIES:
+    for vocab, merges in VOCABULARY_FILES:
         if (out / vocab).is_file() and (out / merges).is_file():
             GPT2BPETokenizer(str(out / vocab), str(out / merges)).hf_files(out, length)
             return f"wrote the tokenizer from {out / vocab} and {out / merges}"
@@ -135,17 +135,17 @@ def write_gpt2_tokenizer(out: Path, tokenizer_type: Any, hf_config: Mapping[str,
 
 
 def _cached_gpt2_tokenizer() -> Any:
-    """Return GPT-2's tokenizer from the cache of transformers; None where either is not there. Nothing is downloaded."""
+    """Return GPT-2's tokenizer from the cache of transformers, without any download; None if it cannot be opened."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         import transformers
 
         return transformers.AutoTokenizer.from_pretrained("gpt2", local_files_only=True)
-    except Exception:  # whatever it trips over: then there is none
+    except Exception:  # not installed, not cached, or damaged
         return None
 
 
 def _name_tokenizer_class(path: Path) -> None:
-    """Put the class that config.json names into tokenizer_config.json, whatever the installed transformers calls it."""
+    """Write the tokenizer class of config.json into tokenizer_config.json, since versions of transformers write other ones."""
     settings = read_json(path)
     Storage().write(path, [(json.dumps({**settings, "tokenizer_class": "GPT2TokenizerFast"}, indent=2) + "\n").encode()])

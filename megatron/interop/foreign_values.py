@@ -1,6 +1,7 @@
-"""Check the numbers of configurations that strangers made before anything is computed from them.
+"""Check the values of untrusted configurations before anything is computed from them.
 
-A width of 10**30 ends in an overflow somewhere, a million heads in a loop that never ends, and a NaN in a model of NaNs.
+Unchecked, a width of 10**30 would overflow, 10**12 layers would be built in an endless loop, and a NaN would spread to every
+logit.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from megatron.checkpoint.layout import CheckpointError
 
-MAX_COUNT = 1 << 16  # of layers and heads: there are loops over them
+MAX_COUNT = 1 << 16  # of layers and heads, over which there are loops
 MAX_SIZE = 1 << 31  # of widths: the product of two still fits into 64 bits
 MAX_INTEGER = 1 << 63  # of any other field
 MAX_TEXT = 10_000  # characters
@@ -38,42 +39,47 @@ SWITCH_FIELDS = frozenset(
 )
 
 
-def check_hf_config(hf_config: Mapping[str, Any], where: str) -> None:
-    """Raise CheckpointError for a value in a config.json that no model has. where: the file, for the message."""
-    of = f" of {PurePath(where).name}"
-    _check_sizes(hf_config, where, of)
+def check_hf_config(hf_config: Mapping[str, Any], path: str) -> None:
+    """Raise CheckpointError for a value in a config.json that is invalid for every model.
+
+    Args:
+        hf_config: the content of config.json.
+        path: the path of the file, for the message.
+    """
+    suffix = f" of {PurePath(path).name}"
+    _check_sizes(hf_config, path, suffix)
     for name, value in hf_config.items():
         table = value if isinstance(value, dict) else {name: value}
         for key, item in table.items():
-            field = f"`{name}`{of}" if table is not value else f"`{key}` of `{name}`{of}"
+            field = f"`{name}`{suffix}" if table is not value else f"`{key}` of `{name}`{suffix}"
             if isinstance(item, float) and not math.isfinite(item):
-                raise CheckpointError(f"{where}: {field} is {item}, which is no number to compute with")
+                raise CheckpointError(f"{path}: {field} is {item}; it must be finite")
             if isinstance(item, int) and abs(item) >= MAX_INTEGER:
-                raise CheckpointError(f"{where}: {field} is {shorten_value(item)}, which makes no sense")
+                raise CheckpointError(f"{path}: {field} is {shorten_value(item)}, which makes no sense")
             if isinstance(item, str) and len(item) > MAX_TEXT:
-                raise CheckpointError(f"{where}: {field} is a text of {len(item):,} characters, which makes no sense")
+                raise CheckpointError(f"{path}: {field} is a text of {len(item):,} characters, which makes no sense")
         if name in SWITCH_FIELDS and value is not None and not isinstance(value, bool):
-            raise CheckpointError(f"{where}: `{name}`{of} is {shorten_value(value)}; it must be true or false")
+            raise CheckpointError(f"{path}: `{name}`{suffix} is {shorten_value(value)}; it must be true or false")
         if name == "architectures" and value is not None and not _is_list_of_names(value):
-            raise CheckpointError(f"{where}: `{name}`{of} is {shorten_value(value)}; it must be a list of names")
+            raise CheckpointError(f"{path}: `{name}`{suffix} is {shorten_value(value)}; it must be a list of names")
 
 
-def check_megatron_args(args: Mapping[str, Any], where: str) -> None:
-    """Raise CheckpointError for a size in a file's args that is too large for any model. where: the file, for the message."""
+def check_megatron_args(args: Mapping[str, Any], prefix: str) -> None:
+    """Raise CheckpointError for a size in a file's args that is too large for any model. prefix: begins the message."""
     for name, value in args.items():
         maximum = MAX_COUNT if name in COUNT_FIELDS else MAX_SIZE
         if name not in COUNT_FIELDS | SIZE_FIELDS or not isinstance(value, int | float):
             continue
-        if not value <= maximum:  # NaN is not
+        if not value <= maximum:  # also true of NaN
             raise CheckpointError(
-                f"{where}: `{name}` is {shorten_value(value)}, which makes no sense: it may be at most {maximum:,}"
+                f"{prefix}: `{name}` is {shorten_value(value)}, which makes no sense: it may be at most {maximum:,}"
             )
 
 
-def _check_sizes(values: Mapping[str, Any], where: str, of: str) -> None:
-    """Raise CheckpointError for a size that is no whole number, or one that no model has. An absent one and null pass.
+def _check_sizes(values: Mapping[str, Any], path: str, suffix: str) -> None:
+    """Raise CheckpointError for a size that is not an integer or is out of range. Absent sizes and null pass.
 
-    where, of: what stands before and after the name of a size in the message.
+    path, suffix: text before and after the name of the size in the message.
     """
     for name, value in values.items():
         maximum = MAX_COUNT if name in COUNT_FIELDS else MAX_SIZE if name in SIZE_FIELDS else None
@@ -81,11 +87,11 @@ def _check_sizes(values: Mapping[str, Any], where: str, of: str) -> None:
             continue
         if type(value) is not int or not 1 <= value <= maximum:
             rule = f"it must be a whole number from 1 to {maximum:,}"
-            raise CheckpointError(f"{where}: `{name}`{of} is {shorten_value(value)}, which makes no sense: {rule}")
+            raise CheckpointError(f"{path}: `{name}`{suffix} is {shorten_value(value)}, which makes no sense: {rule}")
 
 
 def shorten_value(value: object) -> str:
-    """Return a value as text of at most a line, for a message."""
+    """Return a value as a text of at most 80 characters, for a message."""
     # Python refuses to print numbers of more than 4,300 digits (sys.set_int_max_str_digits).
     if isinstance(value, int) and value.bit_length() > 200:
         return f"a number of about {int(value.bit_length() * math.log10(2)):,} digits"
@@ -94,4 +100,4 @@ def shorten_value(value: object) -> str:
 
 
 def _is_list_of_names(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(word, str) for word in value)
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)

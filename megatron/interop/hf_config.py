@@ -1,7 +1,7 @@
-"""Read config.json of a Hugging Face directory as our configuration, as the family's class in transformers reads it.
+"""Convert config.json of a Hugging Face directory to our configuration, as the family's class in transformers reads it.
 
-A field is read, or has one value here and every other is refused. What the class does not know it ignores, and so do we, but
-for a few fields that code shared by all classes looks for.
+Each field of the class is either converted or accepted with a single value. Fields that the class does not know are ignored, as
+transformers does, except for a few that code shared by all of its classes reads.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from megatron.config.schema import ModelConfig, ModelSettings
 from megatron.interop.families.family import HFFamily
 
 HF_DTYPES = ("float64", "float32", "float16", "bfloat16")
-MAX_SIZE = 2**31 - 1  # of any whole number of config.json
-# Fields that no class need know, since code that all share looks for them, in transformers 4 or 5; each with a test of the
-# values that mean nothing.
+MAX_SIZE = 2**31 - 1  # of any integer in config.json
+# Fields that code shared by all classes of transformers 4 or 5 reads, each with a test for values without any effect.
 SHARED_FIELDS: Mapping[str, Callable[[Any], bool]] = MappingProxyType(
     {
         "quantization_config": lambda v: not v,
@@ -35,16 +34,16 @@ SHARED_FIELDS: Mapping[str, Callable[[Any], bool]] = MappingProxyType(
 
 
 def config_from_hf(hf_config: Mapping[str, Any], family: HFFamily) -> ModelConfig:
-    """Return the resolved configuration that config.json describes, tied as it says, of the family's first class.
+    """Return the resolved configuration that config.json describes, as a model of the family's first class.
 
     Raises:
-        CheckpointError: naming the field that makes no sense, or asks for what the model here does not have.
+        CheckpointError: a field is invalid, or asks for something that the model here does not have; the message names it.
     """
     values = _field_values(hf_config, family)
-    same = {field.native: values[name] for name, field in family.fields.items() if field.native is not None}
+    copied = {field.native: values[name] for name, field in family.fields.items() if field.native is not None}
     model = ModelSettings(
-        **{**same, **family.to_settings(values, hf_config)},
-        untie_embeddings_and_output_weights=not values["tie_word_embeddings"],  # transformers' switch says the opposite
+        **{**copied, **family.to_settings(values, hf_config)},
+        untie_embeddings_and_output_weights=not values["tie_word_embeddings"],  # the inverse of transformers' switch
     )
     try:
         return resolve_model(model)
@@ -52,26 +51,26 @@ def config_from_hf(hf_config: Mapping[str, Any], family: HFFamily) -> ModelConfi
         raise CheckpointError(str(error)) from error
 
 
-def _refuse_foreign(hf_config: Mapping[str, Any], family: HFFamily) -> None:
-    """Raise CheckpointError for a field that code shared by all classes looks for, and that is none of the family's own."""
-    for name, harmless in SHARED_FIELDS.items():
-        if name in hf_config and name not in family.fields and not harmless(hf_config[name]):
+def _refuse_shared_fields(hf_config: Mapping[str, Any], family: HFFamily) -> None:
+    """Raise CheckpointError for a field in SHARED_FIELDS that has an effect and is not one of the family's own."""
+    for name, has_no_effect in SHARED_FIELDS.items():
+        if name in hf_config and name not in family.fields and not has_no_effect(hf_config[name]):
             raise CheckpointError(f"`{name}` is {str(hf_config[name])[:80]}; the model here has no such thing")
-    # To transformers null is false here: not causal.
+    # transformers reads null as false: not causal.
     if "is_causal" in hf_config and bool(hf_config["is_causal"]) is not family.causal:
         raise CheckpointError(f"`is_causal` is {hf_config['is_causal']!r}; the model here has {family.causal!r} only")
 
 
 def _field_values(hf_config: Mapping[str, Any], family: HFFamily) -> dict[str, Any]:
-    """Return the value of every field of the family's class, its default where it is absent."""
-    _refuse_foreign(hf_config, family)
-    named = dict(hf_config)
+    """Return the value of every field of the family, the default of an absent one."""
+    _refuse_shared_fields(hf_config, family)
+    given = dict(hf_config)
     for alias, name in family.aliases.items():
-        if alias in hf_config and (other := named.setdefault(name, hf_config[alias])) != hf_config[alias]:
-            raise CheckpointError(f"`{alias}` is {hf_config[alias]!r} and `{name}` {other!r}, which are one and the same")
+        if alias in hf_config and (other := given.setdefault(name, hf_config[alias])) != hf_config[alias]:
+            raise CheckpointError(f"`{alias}` is {hf_config[alias]!r} and `{name}` {other!r}, which are two names of one field")
     values = {}
     for name, field in family.fields.items():
-        values[name] = value = named.get(name, field.default)
+        values[name] = value = given.get(name, field.default)
         if value is None and field.default is None:
             continue
         kinds_differ = isinstance(value, bool) != (field.types is bool)  # a bool is an int to Python
@@ -85,17 +84,17 @@ def _field_values(hf_config: Mapping[str, Any], family: HFFamily) -> dict[str, A
 
 
 def saved_class(hf_config: Mapping[str, Any]) -> str | None:
-    """Return the name of the class that a directory was saved from; None where it does not say."""
-    named = hf_config.get("architectures")
-    if named is None or named == []:
+    """Return the name of the class that a directory was saved from; None if config.json does not contain it."""
+    architectures = hf_config.get("architectures")
+    if architectures is None or architectures == []:
         return None
-    if not isinstance(named, list) or any(not isinstance(name, str) for name in named):
-        raise CheckpointError(f"`architectures` of config.json is {named!r}; it must be a list of names")
-    return str(named[0])
+    if not isinstance(architectures, list) or any(not isinstance(name, str) for name in architectures):
+        raise CheckpointError(f"`architectures` of config.json is {architectures!r}; it must be a list of names")
+    return str(architectures[0])
 
 
 def saved_dtype(hf_config: Mapping[str, Any]) -> str | None:
-    """Return the type that transformers gives the weights as it opens a directory; None where it takes that of the tensors."""
+    """Return the dtype to which transformers converts the weights when it opens a directory; None if it does not convert."""
     # Newer versions write `dtype`, older ones `torch_dtype`; transformers reads both, the newer name first.
     name = hf_config.get("dtype") if hf_config.get("dtype") is not None else hf_config.get("torch_dtype")
     if name is not None and name not in HF_DTYPES:

@@ -1,7 +1,7 @@
-"""Write a checkpoint as the weights and configuration of a Hugging Face directory, tensor by tensor.
+"""Write the weights and the configuration of a checkpoint as a Hugging Face directory, tensor by tensor.
 
 The files are `config.json`, `generation_config.json` and `model.safetensors`, or `model-00001-of-0000N.safetensors` with
-`model.safetensors.index.json`. The tokenizer's files come from whoever holds the tokenizer.
+`model.safetensors.index.json`. The tokenizer's files are written elsewhere, see checked_export.py.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from megatron.interop.families.table import family_for_export
 from megatron.interop.tensor_mapping import TensorMapping
 
 MODEL_PREFIX = "model."
-SHARD_BYTES = 2_000_000_000  # of a file
+SHARD_BYTES = 2_000_000_000  # the most bytes of tensors in one file
 
 
 @dataclass(frozen=True)
 class TensorGroup:
-    """The tensors that one of ours becomes; they are kept in one file, so that it is read once."""
+    """The tensors that one of ours is converted to; they are written to one file, so that ours is read once."""
 
     entries: tuple[TensorEntry, ...]
 
@@ -43,33 +43,33 @@ class TensorGroup:
 
 
 class _ConvertedTensor:
-    """One mapping applied to the checkpoint. Its tensors are made as the first is taken, and kept until each was taken once."""
+    """The tensors that one of ours is converted to, computed when the first is taken; each is freed when it is taken."""
 
-    def __init__(self, make: Callable[[], tuple[Tensor, ...]], names: tuple[str, ...]) -> None:
-        self.make, self.names = make, names
-        self.made: dict[str, Tensor] = {}
+    def __init__(self, convert: Callable[[], tuple[Tensor, ...]], names: tuple[str, ...]) -> None:
+        self.convert, self.names = convert, names
+        self.converted: dict[str, Tensor] = {}
 
     def take(self, name: str) -> Tensor:
-        """Return one of the tensors, and let go of it."""
-        if name not in self.made:
-            self.made = dict(zip(self.names, self.make(), strict=True))
-        return self.made.pop(name)
+        """Return one of the tensors, and drop the reference to it."""
+        if name not in self.converted:
+            self.converted = dict(zip(self.names, self.convert(), strict=True))
+        return self.converted.pop(name)
 
 
 def plan_tensors(
     directory: Path, manifest: Manifest, config: ModelConfig, hf_class: HFClass, dtype: torch.dtype
 ) -> list[TensorGroup]:
-    """Plan every tensor of the export, in the class's order, without reading any.
+    """Return every tensor of the export, in the order of the class's table, without reading any.
 
     Args:
-        directory: the checkpoint's.
-        manifest: of it.
-        config: resolved.
-        hf_class: whose table says which tensors become which.
-        dtype: of the tensors that are written.
+        directory: the checkpoint's iter_ directory.
+        manifest: the checkpoint's manifest.
+        config: the checkpoint's resolved configuration.
+        hf_class: the class of transformers to write, with its table of tensors.
+        dtype: the dtype of the written tensors.
 
     Raises:
-        CheckpointError: when the tensors of the checkpoint are not those of the table.
+        CheckpointError: the tensors of the checkpoint are not those of the table.
     """
     groups: list[TensorGroup] = []
     rows = list(hf_class.mappings(config))
@@ -77,23 +77,23 @@ def plan_tensors(
     if left := sorted(native - {row.native for row in rows}):
         raise CheckpointError(f"{directory}: {hf_class.architecture} has no place for {', '.join(left[:20])}")
     tied = config.ties_embeddings
-    # A bias may be absent: it is then written as zeros where the class always has it, and left out where it need not.
-    needed = (row.native for row in rows if not row.native.endswith(".bias") and not (tied and row.native == "head.weight"))
-    if lacking := sorted({name for name in needed if name not in native} - {row.native for row in rows if row.zeros_shape}):
-        raise CheckpointError(f"{directory}: its config.json asks for tensors that it does not hold: {', '.join(lacking[:20])}")
+    # A bias may be absent from the checkpoint: zeros are written if the class always has it, nothing if it is optional.
+    required = (row.native for row in rows if not row.native.endswith(".bias") and not (tied and row.native == "head.weight"))
+    if missing := sorted({name for name in required if name not in native} - {row.native for row in rows if row.zeros_shape}):
+        raise CheckpointError(f"{directory}: it lacks tensors that its config.json asks for: {', '.join(missing[:20])}")
     for row in rows:
         if row.native not in native and row.zeros_shape is None:
             continue
         record = manifest.tensors.get(MODEL_PREFIX + row.native)
         shape = record.shape if record is not None else row.zeros_shape(config) if row.zeros_shape is not None else ()
         try:
-            tensors = row.conversion.to_hf(torch.empty(shape, device="meta"), config)  # shapes alone
+            tensors = row.conversion.to_hf(torch.empty(shape, device="meta"), config)  # only shapes
         except RuntimeError as error:
             raise CheckpointError(f"{directory}: {row.native} of shape {shape} does not fit its config.json") from error
-        source = _ConvertedTensor(_converter(directory, manifest, config, row, shape, dtype), row.hf)
+        converted = _ConvertedTensor(_converter(directory, manifest, config, row, shape, dtype), row.hf)
         named = zip(row.hf, tensors, strict=True)
         groups.append(
-            TensorGroup(tuple(TensorEntry(n, dtype, tuple(like.shape), partial(source.take, n)) for n, like in named))
+            TensorGroup(tuple(TensorEntry(name, dtype, tuple(t.shape), partial(converted.take, name)) for name, t in named))
         )
     return groups
 
@@ -101,32 +101,32 @@ def plan_tensors(
 def _converter(
     directory: Path, manifest: Manifest, config: ModelConfig, row: TensorMapping, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Callable[[], tuple[Tensor, ...]]:
-    """Return a function that reads one tensor of the checkpoint, zeros of `shape` where it has none, and converts it."""
+    """Return a function that reads one tensor of the checkpoint, or zeros of `shape` if it is absent, and converts it."""
 
-    def make() -> tuple[Tensor, ...]:
+    def convert() -> tuple[Tensor, ...]:
         if MODEL_PREFIX + row.native not in manifest.tensors:
             return row.conversion.to_hf(torch.zeros(shape, dtype=dtype), config)
         tensor = read_tensor(directory, manifest, MODEL_PREFIX + row.native).float()
-        # An overflow of the type is a mistake in the command; a tensor that was infinite already is written as it is.
+        # Overflow of the requested dtype is an error; values that are infinite in the checkpoint already are written unchanged.
         if tensor.isfinite().all() and not tensor.to(dtype).isfinite().all():
             raise CheckpointError(
-                f"{row.native} has values up to {tensor.abs().max():g}, too large for {dtype}; choose another"
+                f"{row.native} has values up to {tensor.abs().max():g}, too large for {dtype}; choose another type"
             )
         return tuple(t.to(dtype) for t in row.conversion.to_hf(tensor, config))
 
-    return make
+    return convert
 
 
 def pack_into_files(groups: list[TensorGroup], limit: int) -> list[list[TensorGroup]]:
-    """Pack groups in order into files of at most `limit` bytes; a group that is larger stands alone."""
+    """Distribute groups in order over files of at most `limit` bytes; a larger group has a file of its own."""
     files: list[list[TensorGroup]] = []
-    room = 0
+    space_left = 0
     for group in groups:
-        if not files or group.bytes > room:
+        if not files or group.bytes > space_left:
             files.append([])
-            room = limit
+            space_left = limit
         files[-1].append(group)
-        room -= group.bytes
+        space_left -= group.bytes
     return files
 
 
@@ -140,26 +140,25 @@ def export_weights(
     generation: Mapping[str, Any] = MappingProxyType({}),
     shard_bytes: int = SHARD_BYTES,
 ) -> torch.dtype:
-    """Write weights and configuration of a checkpoint directory as a Hugging Face directory.
+    """Write the weights and the configuration of a checkpoint as a Hugging Face directory.
 
-    One of our tensors at a time is in memory.
+    Only one of the checkpoint's tensors is in memory at a time.
 
     Args:
         checkpoint: an iter_ directory.
-        out: is created.
-        dtype: of the tensors; default the narrowest that rounds none of the saved ones.
-        model_type: of the family to write, where it can express the model; default the first that can.
-        token_ids: fields of config.json about special tokens, such as `eos_token_id`: an id, several, or None; default None
-            for `bos`, `eos` and `pad`.
+        out: the directory to create.
+        dtype: the dtype of the written tensors; None for the narrowest that represents all saved ones exactly.
+        model_type: the family to write, if it can express the model; by default the first family that can.
+        token_ids: fields of config.json about special tokens, such as `eos_token_id`: an id, a list of ids, or None. By
+            default `bos_token_id`, `eos_token_id` and `pad_token_id` are None.
         generation: further fields of generation_config.json.
-        shard_bytes: after which another file is begun.
+        shard_bytes: the most bytes of tensors in one file.
 
     Returns:
-        The type that was written.
+        The dtype of the written tensors.
 
     Raises:
-        CheckpointError: when the checkpoint is damaged, or when no family of transformers has its architecture: then with
-            everything that stands in the way.
+        CheckpointError: the checkpoint is damaged, or no family can express its model; the message then gives all reasons.
     """
     config, manifest = read_model_config(checkpoint), verify(checkpoint)
     try:
@@ -180,7 +179,7 @@ def export_weights(
         **family.to_fields(config),
         "tie_word_embeddings": not config.untie_embeddings_and_output_weights,
         "initializer_range": config.init_method_std,
-        "torch_dtype": str(dtype).removeprefix("torch."),  # the spelling that Transformers 4 and 5 both read
+        "torch_dtype": str(dtype).removeprefix("torch."),  # the older name, which Transformers 4 and 5 both read
         "use_cache": True,
         **ids,
     }
@@ -193,20 +192,20 @@ def write_tensor_files(storage: Storage, out: Path, groups: list[TensorGroup], l
     """Write tensors as one safetensors file, or as several with an index.
 
     Args:
-        storage: the disk.
-        out: is created.
-        groups: of the tensors, in order; a group is never parted.
-        limit: bytes of tensors of a file, above which another is begun.
+        storage: writes the files.
+        out: the directory to create.
+        groups: the tensors in order; a group is never divided between files.
+        limit: the most bytes of tensors in one file.
     """
     files = pack_into_files(groups, limit)
     storage.make_directory(out)
-    weight_map: dict[str, str] = {}  # tensor -> file
+    weight_map: dict[str, str] = {}  # name of a tensor -> name of its file
     for i, packed in enumerate(files):
         name = "model.safetensors" if len(files) == 1 else f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
         entries = [entry for group in packed for entry in group.entries]
         storage.write(
             out / name, stream_safetensors(entries, {"format": "pt"})
-        )  # a file that does not say so transformers 4 refuses
+        )  # transformers 4 refuses a file without this format
         weight_map |= {entry.key: name for entry in entries}
     if len(files) > 1:
         total = sum(group.bytes for group in groups)
@@ -215,11 +214,11 @@ def write_tensor_files(storage: Storage, out: Path, groups: list[TensorGroup], l
 
 
 def write_json(storage: Storage, path: Path, values: Mapping[str, Any]) -> None:
-    """Write a file of JSON as transformers does: indented by two, with a newline at its end.
+    """Write a JSON file as transformers does: indented by two, with a newline at its end.
 
     Args:
-        storage: the disk.
-        path: of the file.
-        values: the object in it.
+        storage: writes the file.
+        path: the path of the file.
+        values: the JSON object.
     """
     storage.write(path, [(json.dumps(values, indent=2) + "\n").encode()])

@@ -1,7 +1,7 @@
-"""Read the tokenizers of Hugging Face directories, and compare them with what transformers opens there.
+"""Read the tokenizers of Hugging Face directories, and compare them with those that transformers opens there.
 
-transformers is what a directory's authors and users run, so where it is installed it decides: ids, special tokens and added
-tokens of ours are compared with its own, at import on the source and at export on what was written.
+A directory's authors and users run transformers, so its tokenizer is the reference wherever it is installed: ids, special
+tokens and added tokens are compared at import with the source directory, and at export with the written one.
 """
 
 from __future__ import annotations
@@ -16,15 +16,18 @@ from megatron.data.hugging_face import ROLES, has_hf_tokenizer, read_hf_tokenize
 from megatron.data.matching import PROBE_TEXTS
 from megatron.data.tokenizer_base import HugeIdError, Tokenizer
 
-MAX_ADDED_TOKENS = 64  # added tokens that are tried in text, from either end of the vocabulary
+MAX_ADDED_TOKENS = 64  # so many with the lowest ids, and so many with the highest, are tested in texts
 
 
 class TokenizerError(Exception):
-    """transformers cannot open a tokenizer, or makes other ids of a text."""
+    """transformers cannot open a tokenizer."""
 
 
 def auto_tokenizer(directory: Path) -> Any | None:
-    """Open a directory's tokenizer by transformers; None where that is not installed. TokenizerError when it fails."""
+    """Return a directory's tokenizer as transformers opens it; None if transformers is not installed.
+
+    TokenizerError if transformers cannot open it.
+    """
     if find_spec("transformers") is None:
         return None
     import transformers
@@ -33,24 +36,24 @@ def auto_tokenizer(directory: Path) -> Any | None:
     logging.set_verbosity_error()
     try:
         return transformers.AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever transformers trips over is what the user must hear
+    except Exception as error:  # transformers raises many types; the user needs to see each
         raise TokenizerError(f"transformers cannot open its tokenizer: {type(error).__name__}: {error}") from error
 
 
 def import_tokenizer(directory: Path, say: Callable[[str], None]) -> Tokenizer | None:
-    """Read the tokenizer of a Hugging Face directory, with the ids of transformers' `AutoTokenizer`.
+    """Read the tokenizer of a Hugging Face directory, with the same ids as transformers' `AutoTokenizer`.
 
-    Ours is read from the same files. Where transformers makes something else of them, its tokenizer is taken as it stands.
+    The files are read by our own code first. If `AutoTokenizer` gives other ids, its backend is used instead.
 
     Args:
         directory: the Hugging Face directory.
-        say: is told in a line where nothing was compared.
+        say: receives a line if the tokenizer could not be compared.
 
     Returns:
-        The tokenizer; None where the directory holds none.
+        The tokenizer; None if the directory has none.
 
     Raises:
-        DataError: for damaged files, and where no tokenizer here gives the same ids.
+        DataError: the files are damaged, or no tokenizer here gives the same ids.
     """
     if not has_hf_tokenizer(directory):
         return None
@@ -60,7 +63,7 @@ def import_tokenizer(directory: Path, say: Callable[[str], None]) -> Tokenizer |
         tokenizer = read_hf_tokenizer(directory)
     except HugeIdError as error:
         raise DataError(f"{directory}: {error}; --no-tokenizer imports the weights alone") from error
-    except DataError as error:  # transformers may read it all the same
+    except DataError as error:  # transformers may still be able to read it
         own_error = error
     try:
         hf_tokenizer = auto_tokenizer(directory)
@@ -82,13 +85,13 @@ def import_tokenizer(directory: Path, say: Callable[[str], None]) -> Tokenizer |
         tokenizer = wrap_backend(backend, {role: token for role, token, _ in special_tokens_by_role(hf_tokenizer)})
     except DataError as error:
         raise DataError(f"{directory}: its tokenizer: {error}; --no-tokenizer imports the weights alone") from error
-    if why := tokenizer_difference(tokenizer, hf_tokenizer):
-        raise DataError(f"{directory}: the tokenizer here is not transformers': {why}; --no-tokenizer leaves it out")
+    if difference := tokenizer_difference(tokenizer, hf_tokenizer):
+        raise DataError(f"{directory}: the tokenizer here is not transformers': {difference}; --no-tokenizer leaves it out")
     return tokenizer
 
 
 def special_tokens_by_role(hf_tokenizer: Any) -> Iterator[tuple[str, str, int]]:
-    """Yield the roles of special tokens that a tokenizer of transformers has, each with its token and its id."""
+    """Yield role, token and id of each special token of a tokenizer of transformers."""
     for role in ROLES:
         token, number = getattr(hf_tokenizer, f"{role}_token", None), getattr(hf_tokenizer, f"{role}_token_id", None)
         if token is not None and number is not None:
@@ -96,9 +99,9 @@ def special_tokens_by_role(hf_tokenizer: Any) -> Iterator[tuple[str, str, int]]:
 
 
 def tokenizer_difference(tokenizer: Tokenizer, hf_tokenizer: Any) -> str | None:
-    """Return in words the first difference of our tokenizer and one of transformers; None where they are the same.
+    """Return as text the first difference between our tokenizer and one of transformers; None if they are equal.
 
-    The whole vocabulary is compared, the special tokens, and the ids of texts, added tokens among them.
+    Compared are the whole vocabulary, the special tokens, and the ids of test texts, some of them with added tokens.
     """
     vocab: dict[str, int] = hf_tokenizer.get_vocab()
     size = max(vocab.values(), default=-1) + 1
@@ -108,18 +111,18 @@ def tokenizer_difference(tokenizer: Tokenizer, hf_tokenizer: Any) -> str | None:
         if tokenizer.piece(number) != token:
             return f"token {number} is {tokenizer.piece(number)!r}, for transformers {token!r}"
     special = {role: number for role, _, number in special_tokens_by_role(hf_tokenizer)}
-    if other := {role for role in ROLES if special.get(role) != tokenizer.special.get(role)}:
-        role = min(other)
+    if differing := {role for role in ROLES if special.get(role) != tokenizer.special.get(role)}:
+        role = min(differing)
         return f"the {role} token is {tokenizer.special.get(role)}, for transformers {special.get(role)}"
     for text in (*PROBE_TEXTS, *_texts_with_added_tokens(hf_tokenizer)):
-        found, wanted = tokenizer.tokenize(text), hf_tokenizer(text, add_special_tokens=False)["input_ids"]
-        if found != wanted:
-            return f"{text[:60]!r} is {found[:20]}, for transformers {wanted[:20]}"
+        ids, hf_ids = tokenizer.tokenize(text), hf_tokenizer(text, add_special_tokens=False)["input_ids"]
+        if ids != hf_ids:
+            return f"{text[:60]!r} is {ids[:20]}, for transformers {hf_ids[:20]}"
     return None
 
 
 def _texts_with_added_tokens(hf_tokenizer: Any) -> Iterator[str]:
-    """Yield texts with added tokens in the middle of words, between spaces and side by side."""
+    """Yield texts with each added token in the middle of a word, between spaces and repeated."""
     added = sorted(hf_tokenizer.get_added_vocab().items(), key=lambda pair: int(pair[1]))
     for token, _ in {**dict(added[:MAX_ADDED_TOKENS]), **dict(added[-MAX_ADDED_TOKENS:])}.items():
         yield f"Hello{token}world {token} and{token}{token}\n{token}  end"

@@ -1,8 +1,8 @@
-"""Turn the settings in Megatron-LM's checkpoints, an argparse namespace, into our configuration, and back.
+"""Convert the settings in Megatron-LM's checkpoints, an argparse namespace, to our configuration, and back.
 
-Names are mostly the same, since our flags are Megatron-LM's. What differs: the activation, which is several switches there,
-and the size of the vocabulary, which is the padded one there. Files of all years are read, so any name can be absent; an absent
-one has the value that its absence had then. What the model here does not have is refused in words.
+Most names are the same, since our flags are Megatron-LM's. Two things differ: in Megatron-LM several switches select the
+activation, and the vocabulary size is the padded one. Files of every release are read, so any name may be absent; it then gets
+the value that a release without this setting used. Settings that the model here does not have are refused.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ SWITCH_ARGS = (
 NUMBER_ARGS = ("layernorm_epsilon", "rotary_base", "rotary_percent", "attention_dropout", "hidden_dropout", "init_method_std")
 LEARNED_POSITIONS = "embedding.position.weight"
 
-# Settings that the model here does not have: the name there, a test for values that are harmless, and the words for others.
-Harmless = Callable[[Any], bool]
-UNSUPPORTED: Mapping[str, tuple[Harmless, str]] = MappingProxyType(
+# Settings that the model here does not have: their name, a test for values without any effect, and a description for messages.
+HasNoEffect = Callable[[Any], bool]
+UNSUPPORTED: Mapping[str, tuple[HasNoEffect, str]] = MappingProxyType(
     {
         "num_experts": (lambda v: v in (None, [], [None], 1, [1], 0), "a mixture of experts (--num-experts)"),
         "retro_add_retriever": (lambda v: not v, "Retro's retriever (--retro-add-retriever)"),
@@ -58,12 +58,12 @@ def config_from_args(args: Mapping[str, Any], weights: Mapping[str, Tensor], voc
     """Return the resolved configuration of a model of Megatron-LM.
 
     Args:
-        args: the file's settings, by the names there.
-        weights: under our global names, whole; they tell what files of some years do not say.
-        vocab_size: the true one.
+        args: the file's settings under Megatron-LM's names.
+        weights: the whole tensors under our global names; some settings are inferred from them.
+        vocab_size: the vocabulary size without padding.
 
     Raises:
-        CheckpointError: for sizes that are absent, and for what the model here does not have.
+        CheckpointError: a size is missing, or a setting is one that the model here does not have.
     """
     positions = _position_embedding(args, weights)
     _refuse_unsupported(args, weights)
@@ -73,12 +73,12 @@ def config_from_args(args: Mapping[str, Any], weights: Mapping[str, Tensor], voc
     model = ModelSettings(
         **_setting_values(args, vocab_size),
         architecture="bert" if bert else "gpt",
-        # The binary head and the token types come together; either tells of both.
+        # A BERT has both or neither of the binary head and the token types, so either tensor proves both.
         bert_binary_head="order.weight" in weights or "embedding.segment.weight" in weights or not bert,
         activation=activation_from_args(args),
         normalization=args.get("normalization", "LayerNorm"),
         position_embedding_type=positions,
-        # An RMSNorm has no bias; our setting keeps its default there.
+        # RMSNorm has no bias, but the setting keeps its default, True.
         add_norm_bias="final_norm.bias" in weights or args.get("normalization") == "RMSNorm",
         make_vocab_size_divisible_by=args.get("make_vocab_size_divisible_by") or 128,
     )
@@ -90,34 +90,36 @@ def config_from_args(args: Mapping[str, Any], weights: Mapping[str, Tensor], voc
 
 
 def _position_embedding(args: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
-    """Return the kind of positions, by our name for it. Learned ones are known by their tensor."""
+    """Return our name of the kind of positions. Learned positions are recognized by their tensor."""
     if _has_rotary_positions(args):
         return "rope"
     return "learned_absolute" if LEARNED_POSITIONS in weights else "none"
 
 
 def _refuse_unsupported(args: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError, with everything at once, for what the model there has and the model here does not."""
-    unsupported = [words for name, (harmless, words) in UNSUPPORTED.items() if name in args and not harmless(args[name])]
+    """Raise CheckpointError with the list of all settings of the file that the model here does not have."""
+    unsupported = [text for name, (no_effect, text) in UNSUPPORTED.items() if name in args and not no_effect(args[name])]
     if _has_rotary_positions(args) and LEARNED_POSITIONS in weights:
-        unsupported.append("rotary and learned positions at once (there, add --no-position-embedding)")
+        unsupported.append("rotary and learned positions at once (train it with --no-position-embedding)")
     if args.get("position_embedding_type", "learned_absolute") not in ("learned_absolute", "rope", "none"):
         unsupported.append(f"--position-embedding-type {args['position_embedding_type']}")
     if args.get("normalization", "LayerNorm") not in MEGATRON_NORMS:
         unsupported.append(f"--normalization {args['normalization']}")
     if unsupported:
-        raise CheckpointError(f"the model there has {'; '.join(unsupported)}, which the model here does not have")
+        raise CheckpointError(f"the saved model has {'; '.join(unsupported)}, which the model here does not have")
 
 
 def _setting_values(args: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
-    """Return the settings that mean the same on both sides, each of its type. CheckpointError where one is not, or lacks."""
+    """Return the settings that have the same meaning on both sides. CheckpointError for a wrong type or a missing size."""
     if (epsilon := args.get("norm_epsilon")) is not None:  # its name since September 2023
         if (older := args.get("layernorm_epsilon")) not in (None, epsilon):
-            raise CheckpointError(f"the file's args say norm_epsilon {epsilon} and layernorm_epsilon {older}, which are one")
+            raise CheckpointError(
+                f"the file's args say norm_epsilon {epsilon} and layernorm_epsilon {older}, two names of one setting"
+            )
         args = {**args, "layernorm_epsilon": epsilon}
     values = {name: args[name] for name in (*SIZE_ARGS, *SWITCH_ARGS, *NUMBER_ARGS) if args.get(name) is not None}
-    if lacking := [name for name in ("num_layers", "hidden_size", "num_attention_heads") if name not in values]:
-        raise CheckpointError(f"the file's args do not say {', '.join(lacking)}")
+    if missing := [name for name in ("num_layers", "hidden_size", "num_attention_heads") if name not in values]:
+        raise CheckpointError(f"the file's args do not say {', '.join(missing)}")
     values["vocab_size"] = vocab_size
     for name, value in values.items():
         _check_type(name, value)
@@ -129,18 +131,18 @@ def _setting_values(args: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
 
 
 def _check_type(name: str, value: object) -> None:
-    """Raise CheckpointError for a switch that is no bool, and for a number that is none."""
+    """Raise CheckpointError for a switch that is not a bool, and for a number of another type."""
     if name in SWITCH_ARGS:
         if not isinstance(value, bool):
-            raise CheckpointError(f"the file's args say {name} = {value!r}, which is no switch")
+            raise CheckpointError(f"the file's args say {name} = {value!r}, which is not a switch")
         return
-    number = int if name in (*SIZE_ARGS, "vocab_size") else int | float
-    if not isinstance(value, number) or isinstance(value, bool):  # a bool is an int to Python
-        raise CheckpointError(f"the file's args say {name} = {value!r}, which is no number")
+    number_type = int if name in (*SIZE_ARGS, "vocab_size") else int | float
+    if not isinstance(value, number_type) or isinstance(value, bool):  # a bool is an int to Python
+        raise CheckpointError(f"the file's args say {name} = {value!r}, which is not a number")
 
 
 def _with_length(model: ModelSettings, args: Mapping[str, Any], weights: Mapping[str, Tensor]) -> ModelSettings:
-    """Return `model` with its number of positions: that of the args, else of the tensor, else the length of a sample."""
+    """Return `model` with max_position_embeddings: from the args, else from the tensor, else the sequence length."""
     if model.max_position_embeddings is not None:
         return model
     if model.position_embedding_type == "learned_absolute":
@@ -151,28 +153,30 @@ def _with_length(model: ModelSettings, args: Mapping[str, Any], weights: Mapping
 
 
 def _missing_tensors(args: Mapping[str, Any], weights: Mapping[str, Tensor], *, positions: bool) -> list[str]:
-    """Return in words the tensors that every model of Megatron-LM with these args has, and that are not there.
+    """Return as texts the missing tensors that every model of Megatron-LM with these args has.
 
-    positions: whether the model has any. A model without positions, or with a norm without biases, would be another one.
+    Without this check a damaged file would be read as a valid model without positions or without biases of its norms.
+
+    positions: whether the model has positions, rotary or learned.
     """
     missing = []
     if not positions and args.get("add_position_embedding", True) and args.get("position_embedding_type") != "none":
         missing.append(
-            "position embedding, and the file's args ask for learned positions (they say no --no-position-embedding)"
+            "position embedding, but the file's args ask for learned positions (they are without --no-position-embedding)"
         )
-    biased = args.get("normalization", "LayerNorm") == "LayerNorm"
-    if biased and "final_norm.weight" in weights and "final_norm.bias" not in weights:
-        missing.append("bias of the last LayerNorm, which always has one there; of an RMSNorm the file's args must say so")
+    has_norm_bias = args.get("normalization", "LayerNorm") == "LayerNorm"
+    if has_norm_bias and "final_norm.weight" in weights and "final_norm.bias" not in weights:
+        missing.append("bias of the last LayerNorm, which always has one in Megatron-LM; for RMSNorm the args must say so")
     return missing
 
 
 def _has_rotary_positions(args: Mapping[str, Any]) -> bool:
-    # The switch is the older of the two flags.
+    # use_rotary_position_embeddings is the older of the two flags.
     return bool(args.get("use_rotary_position_embeddings")) or args.get("position_embedding_type") == "rope"
 
 
 def activation_from_args(args: Mapping[str, Any]) -> str:
-    """Return our name of the activation. Only the fused kernel and --openai-gelu have the tanh approximation."""
+    """Return our name of the activation. Only the fused kernel and --openai-gelu compute GELU by tanh."""
     if args.get("swiglu"):
         return "swiglu"
     if args.get("squared_relu"):
@@ -182,16 +186,16 @@ def activation_from_args(args: Mapping[str, Any]) -> str:
 
 
 def args_from_config(config: ModelConfig, tp: int, pp: int, tokenizer_type: str | None, dtype: str) -> argparse.Namespace:
-    """Return the settings that Megatron-LM finds in a file, under its own names.
+    """Return the `args` of a checkpoint of Megatron-LM, under its names.
 
-    `true_vocab_size` is ours, so that an import knows it again.
+    Megatron-LM has no `true_vocab_size`; it is written so that a later import restores the unpadded vocabulary.
 
     Args:
-        config: resolved.
-        tp: tensor-parallel ranks.
-        pp: pipeline ranks.
-        tokenizer_type: Megatron-LM's name of it, None where there is none.
-        dtype: `float32`, `float16` or `bfloat16`.
+        config: the resolved configuration.
+        tp: the tensor-parallel size.
+        pp: the pipeline-parallel size.
+        tokenizer_type: Megatron-LM's name of the tokenizer's type, None without a tokenizer.
+        dtype: the dtype of the weights: `float32`, `float16` or `bfloat16`.
     """
     heads, groups = config.num_attention_heads, config.num_query_groups
     vocab, rope = config.known_vocab_size, config.position_embedding_type == "rope"
@@ -210,7 +214,7 @@ def args_from_config(config: ModelConfig, tp: int, pp: int, tokenizer_type: str 
         "rotary_base": config.rotary_base,
         "swiglu": config.activation == "swiglu",
         "squared_relu": config.activation == "squared-relu",
-        # Where nothing has a bias nothing can be fused with it.
+        # The fused kernel adds the bias too, so without biases --openai-gelu stands for GELU by tanh.
         "bias_gelu_fusion": tanh and config.add_bias_linear,
         "openai_gelu": tanh and not config.add_bias_linear,
         "onnx_safe": None,
@@ -229,25 +233,25 @@ def args_from_config(config: ModelConfig, tp: int, pp: int, tokenizer_type: str 
 
 
 def unsupported_by_megatron(config: ModelConfig, tp: int, pp: int) -> list[str]:
-    """Return in words what keeps Megatron-LM from having a model on tp x pp ranks; nothing where it can.
+    """Return as texts the reasons why Megatron-LM cannot load a model on tp x pp ranks; empty if it can.
 
     Args:
-        config: resolved.
-        tp: tensor-parallel ranks.
-        pp: pipeline ranks.
+        config: the resolved configuration.
+        tp: the tensor-parallel size.
+        pp: the pipeline-parallel size.
     """
     obstacles = []
     if tp < 1 or pp < 1:
         return [f"{tp} x {pp} ranks: both must be at least 1"]
-    for counted, number in (
+    for unit, number in (
         ("attention heads", config.num_attention_heads),
         ("key-value heads", config.num_query_groups),
         ("features of the MLP", config.ffn_hidden_size),
     ):
         if number % tp:
-            obstacles.append(f"{number} {counted} cannot be cut over {tp} tensor-parallel ranks")
+            obstacles.append(f"{number} {unit} cannot be divided over {tp} tensor-parallel ranks")
     if config.num_layers % pp:
-        obstacles.append(f"{config.num_layers} layers cannot be cut into {pp} equal stages")
+        obstacles.append(f"{config.num_layers} layers cannot be divided into {pp} equal stages")
     if config.normalization not in MEGATRON_NORMS:
         obstacles.append(f"it has {' and '.join(MEGATRON_NORMS)} (--normalization {config.normalization})")
     if config.normalization == "LayerNorm" and not config.add_norm_bias:
@@ -256,6 +260,6 @@ def unsupported_by_megatron(config: ModelConfig, tp: int, pp: int) -> list[str]:
 
 
 def even_stages(layers: int, pp: int) -> Sequence[range]:
-    """Return the layers of each pipeline stage, the same number on all."""
-    each = layers // pp
-    return [range(stage * each, (stage + 1) * each) for stage in range(pp)]
+    """Return the layers of each of `pp` pipeline stages of equal size; pp must divide `layers`."""
+    per_stage = layers // pp
+    return [range(stage * per_stage, (stage + 1) * per_stage) for stage in range(pp)]

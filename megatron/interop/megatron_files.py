@@ -5,8 +5,8 @@
     iter_0000100/mp_rank_01_002/model_optim_rng.pt  of pipeline stage 2
     release/mp_rank_00/...                          weights that were published
 
-With virtual stages a file holds `model0`, `model1`, ...: the first of every pipeline rank come first in the model, then the
-second of every rank, and so on.
+With virtual stages a file holds `model0`, `model1`, ...: the model's layers begin with `model0` of every pipeline rank, in the
+order of ranks, followed by `model1` of every rank, and so on.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from megatron.interop.safe_pickle import InertObject, read_pickled
 from megatron.interop.weight_checks import zero_matrices
 from megatron.parallel.embedding import padded_vocab_size
 
-# The first holds the optimizer too; the second stands beside the files of a distributed optimizer.
+# The first contains the optimizer too; the second is written when a distributed optimizer has its own files.
 RANK_FILES = ("model_optim_rng.pt", "model_rng.pt")
 RANK_DIRECTORY = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
 WRITTEN_VERSION = 3.0  # checkpoint_version of the files that are written
@@ -57,11 +57,11 @@ class ImportedModel:
     """The model in a checkpoint of Megatron-LM.
 
     Attributes:
-        config: resolved.
-        weights: whole, under our global names.
-        iteration: of the checkpoint, 0 where it does not say.
-        notes: lines for the user.
-        directory: with the mp_rank_ directories that were read.
+        config: the resolved configuration.
+        weights: the whole tensors under our global names.
+        iteration: the checkpoint's iteration, 0 if the file does not contain it.
+        notes: lines for the user about assumptions that were made.
+        directory: the directory whose mp_rank_ directories were read.
     """
 
     config: ModelConfig
@@ -72,48 +72,53 @@ class ImportedModel:
 
 
 def find_rank_directories(root: Path) -> Path:
-    """Return the directory that holds mp_rank_ directories: `root`, or the one its tracker names. CheckpointError without."""
-    if (why := why_not_weights(root, "Megatron-LM")) is not None:
-        raise CheckpointError(f"{root}: {why}")
+    """Return the directory that holds mp_rank_ directories: `root`, or the one that its tracker names.
+
+    CheckpointError if neither holds any.
+    """
+    if (reason := why_not_weights(root, "Megatron-LM")) is not None:
+        raise CheckpointError(f"{root}: {reason}")
     if any(RANK_DIRECTORY.fullmatch(path.name) for path in root.iterdir()):
         return root
     try:
-        word = read_text(root / TRACKER, MAX_TRACKER_BYTES).strip()
+        text = read_text(root / TRACKER, MAX_TRACKER_BYTES).strip()
     except (OSError, UnicodeDecodeError) as error:
-        why = error_reason(error)
-        raise CheckpointError(f"{root}: it holds neither mp_rank_ directories nor a readable {TRACKER}: {why}") from error
-    if word != "release" and not (word.isdecimal() and len(word) < 16):
-        raise CheckpointError(f"{root / TRACKER}: expected a number or `release`, found {word[:40]!r}")
-    named = root / (word if word == "release" else directory_name(int(word)))
+        reason = error_reason(error)
+        raise CheckpointError(f"{root}: it holds neither mp_rank_ directories nor a readable {TRACKER}: {reason}") from error
+    if text != "release" and not (text.isdecimal() and len(text) < 16):
+        raise CheckpointError(f"{root / TRACKER}: expected a number or `release`, found {text[:40]!r}")
+    named = root / (text if text == "release" else directory_name(int(text)))
     if not named.is_dir() or not any(RANK_DIRECTORY.fullmatch(path.name) for path in named.iterdir()):
-        raise CheckpointError(f"{named}: {TRACKER} names it, and there is no mp_rank_ directory in it")
+        raise CheckpointError(f"{named}: {TRACKER} names it, but there is no mp_rank_ directory in it")
     return named
 
 
 def rank_files(directory: Path) -> list[list[Path]]:
-    """Return the file of each tensor-parallel rank of each pipeline stage. CheckpointError when one is absent."""
-    found: dict[tuple[int, int], Path] = {}  # by pipeline stage and tensor-parallel rank
+    """Return the file of each tensor-parallel rank of each pipeline stage. CheckpointError if one is missing."""
+    file_by_rank: dict[tuple[int, int], Path] = {}  # by pipeline stage and tensor-parallel rank
     for path in directory.iterdir():
         if match := RANK_DIRECTORY.fullmatch(path.name):
             files = [path / name for name in RANK_FILES if os.path.lexists(path / name)]
             if not files and os.path.lexists(path / "optim.pt"):
-                what = "it is of Megatron-LM's distributed optimizer, with an optim.pt, which is not read"
-                raise CheckpointError(f"{directory}: {what}; save it there without --use-distributed-optimizer")
+                reason = "it was saved by Megatron-LM's distributed optimizer, whose optim.pt is not read"
+                raise CheckpointError(f"{directory}: {reason}; save it in Megatron-LM without --use-distributed-optimizer")
             if not files:
                 raise CheckpointError(f"{path}: there is no {RANK_FILES[0]} in it")
-            if found.setdefault((int(match[2] or 0), int(match[1])), files[0]) != files[0]:
+            if file_by_rank.setdefault((int(match[2] or 0), int(match[1])), files[0]) != files[0]:
                 raise CheckpointError(f"{directory}: it holds one rank twice, with and without a stage in its name")
-    pp, tp = (1 + max(at[i] for at in found) for i in (0, 1))
-    if lacking := next(((p, t) for p in range(pp) for t in range(tp) if (p, t) not in found), None):
-        p, t = lacking
-        raise CheckpointError(f"{directory}: tensor-parallel rank {t} of pipeline stage {p} is not there; it needs {tp} x {pp}")
-    return [[found[p, t] for t in range(tp)] for p in range(pp)]
+    pp, tp = (1 + max(rank[axis] for rank in file_by_rank) for axis in (0, 1))
+    if missing := next(((p, t) for p in range(pp) for t in range(tp) if (p, t) not in file_by_rank), None):
+        p, t = missing
+        raise CheckpointError(
+            f"{directory}: tensor-parallel rank {t} of pipeline stage {p} is missing; {tp} x {pp} ranks were saved"
+        )
+    return [[file_by_rank[p, t] for t in range(tp)] for p in range(pp)]
 
 
 def args_in_file(file: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings in a file by their names, as far as they are numbers, words and lists; none where it has none.
+    """Return those settings in a file that are numbers, strings, lists or tuples; empty if the file has no args.
 
-    CheckpointError for sizes that no model has.
+    CheckpointError for a size that is too large for any model.
     """
     args = file.get("args")
     values = args.attributes() if isinstance(args, InertObject) else args if isinstance(args, Mapping) else {}
@@ -123,7 +128,7 @@ def args_in_file(file: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def checkpoint_version(file: Mapping[str, Any], name: str) -> float:
-    """Return the file's checkpoint_version; 0 where it does not say. CheckpointError for one that is not known."""
+    """Return the file's checkpoint_version, 0 if it does not contain one. CheckpointError for an unknown one."""
     version = file.get("checkpoint_version", 0.0)
     if not isinstance(version, int | float) or version not in (0, 1.0, 2.0, 3.0):
         raise CheckpointError(f"{name}: its checkpoint_version is {str(version)[:40]!r}; known are 0, 1.0, 2.0 and 3.0")
@@ -131,25 +136,26 @@ def checkpoint_version(file: Mapping[str, Any], name: str) -> float:
 
 
 def layer_sizes_from_args(args: Mapping[str, Any]) -> LayerSizes:
-    """Return the sizes on which the order of queries, keys and values depends. CheckpointError where they are not there."""
+    """Return the sizes on which the layout of a layer's tensors depends. CheckpointError if the args lack them."""
     try:
         heads = int(args["num_attention_heads"])
-        width = int(args.get("kv_channels") or int(args["hidden_size"]) // heads)
+        head_dim = int(args.get("kv_channels") or int(args["hidden_size"]) // heads)
         groups = int(args["num_query_groups"]) if args.get("group_query_attention") else heads
-        return LayerSizes(heads, groups, width, bool(args.get("swiglu")))
+        return LayerSizes(heads, groups, head_dim, bool(args.get("swiglu")))
     except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
         raise CheckpointError("the file's args do not say hidden_size and num_attention_heads") from error
 
 
 def read_megatron(root: Path, vocab_size: int | None = None) -> ImportedModel:
-    """Read the model in a directory of Megatron-LM's checkpoints, whole.
+    """Read the model in a directory of Megatron-LM's checkpoints, with the parts of all ranks joined.
 
     Args:
-        root: the directory, or one of a single iteration in it.
-        vocab_size: the true one; default the one that our own export wrote, else the padded one, with a note.
+        root: a directory of checkpoints, or the directory of one iteration.
+        vocab_size: the vocabulary size without padding. By default the one that our own export wrote, or else the padded size,
+            with a note.
 
     Raises:
-        CheckpointError: saying what is not there, or not known here.
+        CheckpointError: a file or tensor is missing or unknown; the message names it.
     """
     directory = find_rank_directories(root)
     try:
@@ -175,7 +181,7 @@ def _read_ranks(directory: Path, vocab_size: int | None) -> ImportedModel:
             chunks[-1].append(virtual_stages_in_file(file, str(path)))
     if not args:
         raise CheckpointError(
-            "the files hold no args, so the model's settings are not known; is it a released archive? then "
+            "the files hold no args, so the model's settings are not known; if it is a released archive, "
             "use tools/convert_megatron_gpt2_checkpoint.py or tools/convert_megatron_bert_checkpoint.py"
         )
     _check_layout(args, tp=len(files[0]), pp=len(files))
@@ -184,36 +190,36 @@ def _read_ranks(directory: Path, vocab_size: int | None) -> ImportedModel:
     # Virtual stage 0 of every pipeline rank, then virtual stage 1 of every rank, and so on.
     stages = [[rank[v] for rank in ranks] for v in range(len(chunks[0][0])) for ranks in chunks]
     check_tied_copies(stages)
-    whole = join_ranks(stages, layer_sizes_from_args(args), version)
-    if "embedding.word.weight" not in whole:
+    weights = join_ranks(stages, layer_sizes_from_args(args), version)
+    if "embedding.word.weight" not in weights:
         raise CheckpointError("there are no word embeddings in it")
-    rows, notes = whole["embedding.word.weight"].shape[0], []
+    rows, notes = weights["embedding.word.weight"].shape[0], []
     if vocab_size is None and type(args.get("true_vocab_size")) is int:
         vocab_size = args["true_vocab_size"]
     if vocab_size is None:
         vocab_size = rows
         notes.append(
-            f"the vocabulary has {rows} rows with its padding, and all are kept: the files do not say how many are true. Give "
-            "--vocab-size, or the tokenizer, before you train on"
+            f"the vocabulary keeps all {rows} rows, with padding: the files do not contain its true size. Give --vocab-size "
+            "or the tokenizer before you continue training"
         )
-    config = config_from_args(args, whole, vocab_size)
-    notes += [f"{name} is all zeros; was the model saved whole?" for name in zero_matrices(whole)]
+    config = config_from_args(args, weights, vocab_size)
+    notes += [f"{name} is all zeros; was the model saved completely?" for name in zero_matrices(weights)]
     if config.architecture == "bert" and config.activation == "gelu":
-        notes.append("the masked-word head had the exact GELU there; here it has the tanh approximation, as the layers have")
-    return ImportedModel(config, cut_vocabulary(whole, vocab_size), iteration, tuple(notes), directory)
+        notes.append("Megatron-LM's masked-word head has the exact GELU; here it has the tanh approximation, like the layers")
+    return ImportedModel(config, cut_vocabulary(weights, vocab_size), iteration, tuple(notes), directory)
 
 
 def _check_layout(args: Mapping[str, Any], tp: int, pp: int) -> None:
-    """Raise CheckpointError where the args speak of other numbers of ranks than there are directories."""
-    counted = (("tensor_model_parallel_size", tp), ("pipeline_model_parallel_size", pp))
-    wrong = [(name, args[name], there) for name, there in counted if type(args.get(name)) is int and args[name] != there]
+    """Raise CheckpointError if the numbers of ranks in the args are not those of the directories."""
+    sizes = (("tensor_model_parallel_size", tp), ("pipeline_model_parallel_size", pp))
+    wrong = [(name, args[name], actual) for name, actual in sizes if type(args.get(name)) is int and args[name] != actual]
     if wrong:
-        name, asked, there = wrong[0]
-        raise CheckpointError(f"its args say {name} {asked}, and there are directories for {there}; are all of them here?")
+        name, expected, actual = wrong[0]
+        raise CheckpointError(f"its args say {name} {expected}, but there are directories for {actual}; are some missing?")
 
 
 def check_tied_copies(stages: Sequence[Sequence[Weights]]) -> None:
-    """Raise CheckpointError where the last stage's copy of the tied matrix is not the first stage's."""
+    """Raise CheckpointError if the last stage's copy of the tied embedding differs from the first stage's."""
     for first, last in zip(stages[0], stages[-1], strict=True):
         if TIED_COPY in last and not torch.equal(last[TIED_COPY], first.get(MEGATRON_TENSORS[0].megatron, last[TIED_COPY])):
             raise CheckpointError("the last stage's copy of the word embeddings differs from the first stage's: it is damaged")
@@ -232,25 +238,26 @@ def write_megatron(
     """Write `root/iter_<iteration>` for Megatron-LM on tp x pp ranks, then the tracker. Equal weights give equal bytes.
 
     Args:
-        root: directory of checkpoints.
-        iteration: of the checkpoint.
-        config: resolved.
-        weights: under our global names, whole.
-        tp: tensor-parallel ranks.
-        pp: pipeline ranks.
-        tokenizer_type: Megatron-LM's name of it, None where there is none.
+        root: the directory of checkpoints.
+        iteration: the checkpoint's iteration.
+        config: the resolved configuration.
+        weights: the whole tensors under our global names.
+        tp: the tensor-parallel size.
+        pp: the pipeline-parallel size.
+        tokenizer_type: Megatron-LM's name of the tokenizer's type, None without a tokenizer.
 
     Returns:
         The directory that was written.
 
     Raises:
-        CheckpointError: for a model or a layout that Megatron-LM does not have, and when the directory is there already.
+        CheckpointError: Megatron-LM cannot load the model on these ranks, the directory exists, or `root` holds checkpoints
+            that the tracker would hide.
     """
     if obstacles := unsupported_by_megatron(config, tp, pp):
-        raise CheckpointError(f"Megatron-LM cannot have this model so: {'; '.join(obstacles)}")
+        raise CheckpointError(f"Megatron-LM cannot load this model: {'; '.join(obstacles)}")
     final = root / directory_name(iteration)
     if final.exists():
-        raise CheckpointError(f"{final}: it is there already; choose another place, or take it away")
+        raise CheckpointError(f"{final}: it exists already; choose another directory, or remove it")
     if later := [n for n, path in iteration_directories(root).items() if n > iteration or not holds_other_files(path)]:
         listed = ", ".join(map(str, later[-5:]))
         raise CheckpointError(
@@ -272,13 +279,13 @@ def write_megatron(
                 storage.sync(folder)
         pending.commit(marked=False)
     storage.sync(root)
-    # Last, and on the disk after what it names.
+    # The tracker comes last, so that it never names files that are not on the disk yet.
     write_whole(root / TRACKER, str(iteration))
     return final
 
 
 def _rank_file_bytes(args: argparse.Namespace, iteration: int, model: Mapping[str, Any]) -> bytes:
-    """Return the bytes of one rank's file, as torch.save writes it. model: its nested dictionary of weights."""
+    """Return the bytes of one rank's file, as torch.save writes it. model: the nested dictionary of its weights."""
     buffer = io.BytesIO()
     torch.save({"args": args, "checkpoint_version": WRITTEN_VERSION, "iteration": iteration, "model": model}, buffer)
     return buffer.getvalue()

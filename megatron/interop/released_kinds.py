@@ -1,4 +1,4 @@
-"""The two kinds of archive that NVIDIA released, and the config.json that Transformers 4's scripts wrote for each."""
+"""The two kinds of models that NVIDIA released, and the config.json that Transformers 4's scripts wrote for each."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class ReleasedKind:
     """A kind of released model, which one of the two commands converts.
 
     Attributes:
-        name: for messages.
-        family: that is written.
-        defaults: of config.json, those of the released model.
-        tool: its command.
+        name: the model's name, for messages.
+        family: the family of transformers that it is written as.
+        defaults: the fields of config.json of the released model.
+        tool: the path of the script that converts it.
     """
 
     name: str
@@ -38,7 +38,7 @@ class ReleasedKind:
 
     @property
     def default_sizes(self) -> dict[str, Any]:
-        """Return the values of sizes that a --config_file leaves out: transformers' defaults, not the released model's."""
+        """Map each size in config.json to transformers' default, which applies if a --config_file lacks the size."""
         return {name: self.family.fields[name].default for name in self.size_fields.values()}
 
 

@@ -1,7 +1,7 @@
-"""Read and write the files beside the weights of a Hugging Face directory, byte for byte in the checkpoints that come of it.
+"""Read and write the files beside the weights of a Hugging Face directory, which checkpoints store byte for byte.
 
-An import puts the files into the checkpoint, training on from it carries them from checkpoint to checkpoint, and an export
-writes them again: generation settings, lists of end tokens, chat templates, and the tokenizer as its authors wrote it.
+They are generation settings, lists of end tokens, chat templates and the tokenizer's files. An import copies them into the
+checkpoint, training copies them from checkpoint to checkpoint, and an export writes them again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron.checkpoint.hugging_face_files import CHAT_TEMPLATES, GENERATION, S
 from megatron.data.hugging_face import VOCABULARIES
 from megatron.data.tokenizer_base import Tokenizer, read_tokenizer_file
 
-# Settings of generation that stood in config.json before they had a file of their own; transformers still reads them there.
+# Generation settings that were in config.json before generation_config.json existed; transformers still reads them there.
 LEGACY_GENERATION_FIELDS = frozenset(
     {
         *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty"),
@@ -28,7 +28,7 @@ LEGACY_GENERATION_FIELDS = frozenset(
 
 
 def read_side_files(directory: Path, *, tokenizer: bool) -> dict[str, bytes]:
-    """Return the files of a Hugging Face directory that are kept, by name. tokenizer: also those of its tokenizer."""
+    """Return name -> content of a Hugging Face directory's side files. tokenizer: include the files of its tokenizer."""
     names = [*SETTINGS, *(TOKENIZER_FILES if tokenizer else ())]
     paths = [directory / name for name in names]
     if tokenizer:
@@ -37,33 +37,33 @@ def read_side_files(directory: Path, *, tokenizer: bool) -> dict[str, bytes]:
 
 
 def with_chosen_eod(kept: Mapping[str, bytes], tokenizer: Tokenizer | None) -> dict[str, bytes]:
-    """Return the kept files in which the token that --eod-token chose ends a text too, before those that did already."""
-    files, end = dict(kept), tokenizer.chosen.get("eod") if tokenizer is not None else None
+    """Return the kept files with the token of --eod-token added as the first `eos_token_id`, if it was none before."""
+    files, eod = dict(kept), tokenizer.chosen.get("eod") if tokenizer is not None else None
     for name in SETTINGS:
-        held = kept_json(files, name)
-        if end is None or held is None:
+        settings = kept_json(files, name)
+        if eod is None or settings is None:
             continue
-        ends = held.get("eos_token_id")
-        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-        if end not in ends:
-            held["eos_token_id"] = [end, *ends] if ends else end
-            files[name] = (json.dumps(held, indent=2, ensure_ascii=False) + "\n").encode()
+        eos = settings.get("eos_token_id")
+        eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        if eod not in eos_ids:
+            settings["eos_token_id"] = [eod, *eos_ids] if eos_ids else eod
+            files[name] = (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
     return files
 
 
 def legacy_generation_settings(kept: Mapping[str, bytes]) -> dict[str, Any]:
-    """Return the settings of generation that the kept config.json holds, where no file of their own is kept."""
+    """Return the generation settings in the kept config.json; empty if generation_config.json is kept too."""
     hf_config = None if GENERATION in kept else kept_config(kept)
     return {name: value for name, value in (hf_config or {}).items() if name in LEGACY_GENERATION_FIELDS and value is not None}
 
 
 def has_tokenizer(kept: Mapping[str, bytes]) -> bool:
-    """Return whether a vocabulary is among the kept files."""
+    """Return whether the kept files contain a tokenizer's vocabulary."""
     return any(name in kept for name in VOCABULARIES)
 
 
 def write_side_files(kept: Mapping[str, bytes], out: Path) -> None:
-    """Write the kept files into a Hugging Face directory, all but config.json, which the weights decide."""
+    """Write the kept files into a Hugging Face directory, except config.json, which is written with the weights."""
     for name, content in kept.items():
         if name != "config.json":
             (out / name).parent.mkdir(exist_ok=True)

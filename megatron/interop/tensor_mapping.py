@@ -18,8 +18,8 @@ class Conversion:
     """The layout of one native tensor in Hugging Face's files, as a function for each direction.
 
     Attributes:
-        to_hf: converts the native tensor, whole, to those of the file, in the order of `TensorMapping.hf`.
-        from_hf: its inverse.
+        to_hf: converts the whole native tensor to those of the file, in the order of `TensorMapping.hf`.
+        from_hf: the inverse of `to_hf`.
     """
 
     to_hf: Callable[[Tensor, ModelConfig], Tensors]
@@ -31,11 +31,11 @@ class TensorMapping:
     """A native tensor and the tensors of Hugging Face that hold it; `{n}` in the names stands for the layer's number.
 
     Attributes:
-        native: the name of ours.
-        hf: the names of theirs.
-        conversion: of the values.
-        zeros_shape: the shape of ours, where the family has the tensor in any case and zeros mean that it is not there. Without
-            it the mapping applies only to models that have the tensor.
+        native: the name of our tensor.
+        hf: the names of the tensors in Hugging Face.
+        conversion: converts the values.
+        zeros_shape: returns the shape of our tensor, for tensors that the family always has: zeros of this shape are exported
+            if our model lacks the tensor. None for tensors that models of the family may lack too.
     """
 
     native: str
@@ -65,7 +65,7 @@ def _transpose_back(tensors: Tensors, config: ModelConfig) -> Tensor:
 
 
 def _gamma(tensor: Tensor, config: ModelConfig) -> Tensors:
-    """Convert a norm's weight to gamma: with apply_layernorm_1p what is stored is gamma - 1."""
+    """Convert a norm's weight to gamma: with apply_layernorm_1p our weight is gamma - 1."""
     return (tensor + 1 if config.apply_layernorm_1p else tensor,)
 
 
@@ -74,11 +74,11 @@ def _gamma_back(tensors: Tensors, config: ModelConfig) -> Tensor:
 
 
 def split_qkv(tensor: Tensor, config: ModelConfig) -> Tensors:
-    """Split the native weight or bias of queries, keys and values, in which each group of heads lies together.
+    """Split the native weight or bias of queries, keys and values.
 
     Args:
-        tensor: `[groups * (heads_per_group + 2) * head_dim, ...]`: of each group its queries, its key, its value.
-        config: resolved.
+        tensor: `[groups * (heads_per_group + 2) * head_dim, ...]`: for each group its query heads, its key, its value.
+        config: the resolved configuration.
 
     Returns:
         Queries `[heads * head_dim, ...]`, keys and values `[groups * head_dim, ...]`.
@@ -98,7 +98,7 @@ def join_qkv(tensors: Tensors, config: ModelConfig) -> Tensor:
 
 
 def _stack_qkv(tensor: Tensor, config: ModelConfig) -> Tensors:
-    """Stack all queries, all keys, all values in one tensor; a matrix as GPT-2's Conv1D has it, input first."""
+    """Join all queries, all keys and all values in one tensor; a matrix is [in, out], as in GPT-2's Conv1D."""
     stacked = torch.cat(split_qkv(tensor, config))  # [(heads + 2 * groups) * head_dim, ...]
     return (stacked.t() if stacked.dim() == 2 else stacked,)
 
@@ -111,7 +111,7 @@ def _unstack_qkv(tensors: Tensors, config: ModelConfig) -> Tensor:
 
 
 SAME = Conversion(_keep, _keep_back)
-CONV1D = Conversion(_transpose, _transpose_back)  # GPT-2's linear layers, transformers.pytorch_utils.Conv1D, keep [in, out]
+CONV1D = Conversion(_transpose, _transpose_back)  # for transformers.pytorch_utils.Conv1D, whose weight is [in, out]
 GAMMA = Conversion(_gamma, _gamma_back)
 QKV_IN_ONE = Conversion(_stack_qkv, _unstack_qkv)
 QKV_IN_THREE = Conversion(split_qkv, join_qkv)

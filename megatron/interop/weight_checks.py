@@ -1,4 +1,4 @@
-"""Checks that tensors of strangers can be the weights of a trained model at all."""
+"""Checks that tensors of untrusted files can be the weights of a trained model."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ WEIGHT_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bf
 
 
 def refuse_unsound(weights: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError naming a tensor that is no weight: of integers or 8 bits, or with values that are not finite."""
+    """Raise CheckpointError for a tensor of another dtype than WEIGHT_DTYPES, or with NaN or infinity in it."""
     for name, tensor in weights.items():
         if tensor.dtype not in WEIGHT_DTYPES:
-            kind = str(tensor.dtype).removeprefix("torch.")
+            dtype = str(tensor.dtype).removeprefix("torch.")
             raise CheckpointError(
-                f"{name} holds {kind}, which is no weight as it is; if the model is quantized, take the original"
+                f"{name} holds {dtype}, which is not a dtype of trained weights; if the model is quantized, use the original"
             )
         if not tensor.isfinite().all():
             raise CheckpointError(f"{name} has values that are not finite (NaN or infinity); the model is damaged")
 
 
 def zero_matrices(weights: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of matrices in which nothing but zeros is; biases may be so."""
+    """Return the names of matrices that are all zeros. Vectors are not checked, since biases may be zeros."""
     return [name for name, tensor in weights.items() if tensor.dim() > 1 and not tensor.any()]

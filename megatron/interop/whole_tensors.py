@@ -19,12 +19,12 @@ from megatron.config.schema import RunSettings
 from megatron.mesh.mesh import Mesh
 from megatron.parallel.spec import Part, Shard
 
-MODEL_PREFIX = "model."  # before the names of weights; others are of the optimizer
+MODEL_PREFIX = "model."  # of the names of weights; other tensors are the optimizer's
 
 
 @dataclass(frozen=True)
 class WholeTensors:
-    """The `Checkpointable` of tensors by their global names, each whole on this one process."""
+    """A `Checkpointable` of whole tensors by their global names, all of them in this process."""
 
     tensors: Mapping[str, Tensor]
 
@@ -37,51 +37,50 @@ class WholeTensors:
         return {}
 
     def load_scalars(self, values: Mapping[str, Any]) -> None:
-        """There are none."""
+        """Do nothing, since there are no scalars."""
 
 
 def write_weights(
     root: Path, iteration: int, config: RunSettings, weights: Mapping[str, Tensor], assets: Assets = None
 ) -> Path:
-    """Write a checkpoint that holds weights alone, and make it the latest of its directory.
+    """Write a checkpoint that holds only weights, and make it the latest of its directory.
 
     Args:
-        root: directory of checkpoints.
-        iteration: of the checkpoint.
-        config: resolved.
-        weights: under our global names, whole.
-        assets: the tokenizer's files.
+        root: the directory of checkpoints.
+        iteration: the checkpoint's iteration.
+        config: the resolved settings to store with the weights.
+        weights: the whole tensors under our global names.
+        assets: further files to store, such as the tokenizer's.
 
     Returns:
         The checkpoint's directory.
 
     Raises:
-        CheckpointError: when the disk refuses.
+        CheckpointError: the checkpoint cannot be written.
     """
     return save(root, iteration, {"model": WholeTensors(weights)}, Mesh.single(), config=to_json(config), assets=assets)
 
 
 def check_save_root(root: Path, iteration: int) -> None:
-    """Raise CheckpointError where a checkpoint of this iteration, written into `root`, would hide others or wind a run back.
+    """Raise CheckpointError if a new checkpoint in `root` would become the latest before those of a run.
 
-    An import alone may be repeated: nothing but the same weights is replaced.
+    A `root` whose only checkpoint has this iteration and only weights is accepted, so that an import can be repeated.
     """
     present = iteration_directories(root)
-    with suppress(CheckpointError):  # a damaged checkpoint is no import that may be repeated
+    with suppress(CheckpointError):  # a damaged checkpoint is not replaced
         if list(present) == [iteration] and holds_weights_alone(present[iteration]):
             return
     if not present:
         return
-    listed = f"{', '.join(map(str, list(present)[-5:]))}"
+    listed = ", ".join(map(str, list(present)[-5:]))
     raise CheckpointError(
-        f"--save {root} holds checkpoints already, of iteration {listed}: one of iteration {iteration} there would be taken "
-        "for the latest, and a run that goes on would be wound back to it. Give --save a new directory, or move away what is "
-        "there"
+        f"--save {root} holds checkpoints already, of iteration {listed}: one of iteration {iteration} there would become "
+        "the latest, and a run that resumes would continue from it. Give --save a new directory, or move the checkpoints away"
     )
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
-    """Read every weight in an iter_ directory, whole, by its global name. CheckpointError when a byte is not as written."""
+    """Read every weight in an iter_ directory, whole, by its global name. CheckpointError if the checkpoint is damaged."""
     manifest = verify(directory)
     names = [name for name in manifest.tensors if name.startswith(MODEL_PREFIX)]
     if not names:

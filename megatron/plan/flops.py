@@ -49,9 +49,9 @@ class StageFlops:
     """FLOPs of one token in a stage.
 
     Attributes:
-        forward: of the forward pass, and of the output layer's backward pass, which runs with it.
-        backward: of the gradients of the layers' inputs.
-        weight: of the gradients of the layers' weights.
+        forward: the forward pass, and the output head's backward pass, which runs with it.
+        backward: the gradients of the layers' inputs.
+        weight: the gradients of the layers' weights.
     """
 
     forward: int

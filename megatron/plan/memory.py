@@ -79,9 +79,9 @@ class StageActivations:
     """Bytes of a stage's activations, an estimate after arXiv 2205.05198, section 4.
 
     Attributes:
-        micro_batch: of the layers and the embedding, for one micro-batch.
-        output: of the final norm's input, 0 on a stage without the heads; the gradient of its output is as large.
-        transient: the most that one action needs in addition while it runs.
+        micro_batch: the activations of the layers and the embedding for one micro-batch.
+        output: the final norm's input, 0 on a stage without the heads; the gradient of the norm's output is as large.
+        transient: the most memory that one action needs in addition while it runs.
     """
 
     micro_batch: ActivationBytes

@@ -58,9 +58,9 @@ class MetaModel:
         """
         self.config, self.tp = config, TensorParallel(Axis("tp", tp, 0, tuple(range(tp))), sequence_parallel)
         self.whole = StagePart(range(config.num_layers))
-        self._model = model_class(config)
+        self._model_class = model_class(config)
         axis = Axis("cp", cp, 0, tuple(range(cp)))
-        self._core_attention = RingAttention(axis, causal=self._model.causal) if cp > 1 else None
+        self._core_attention = RingAttention(axis, causal=self._model_class.causal) if cp > 1 else None
         self._ends: dict[tuple[bool, bool], Transformer] = {}
         self._layers: dict[Hashable, nn.Module] = {}
 
@@ -80,7 +80,7 @@ class MetaModel:
 
     def layer(self, number: int) -> nn.Module:
         """Return the layer that was built for the kind of layer `number`; its own number may be another."""
-        kind = self._model.layer_kind(self.config, number)
+        kind = self._model_class.layer_kind(self.config, number)
         if kind not in self._layers:
             self._layers[kind] = self._build(StagePart(range(number, number + 1), False, False)).layers[str(number)]
         return self._layers[kind]
@@ -92,7 +92,7 @@ class MetaModel:
     @property
     def causal(self) -> bool:
         """True if a token attends only to itself and to earlier ones."""
-        return self._model.causal
+        return self._model_class.causal
 
     def parameters(self, part: StagePart | None = None) -> Iterator[ParameterSize]:
         """Yield every parameter of a stage, by default of the whole model, in the order in which the stage holds them.
@@ -115,7 +115,7 @@ class MetaModel:
         return sum(p.count for p in self.parameters(part))
 
     def _build(self, part: StagePart) -> Transformer:
-        return self._model(self.config, part, self.tp, core_attention=self._core_attention, device="meta")
+        return self._model_class(self.config, part, self.tp, core_attention=self._core_attention, device="meta")
 
 
 def _sizes(module: nn.Module) -> Iterator[ParameterSize]:

@@ -26,9 +26,9 @@ class StateBytes:
     """Bytes on one rank.
 
     Attributes:
-        weights: of the weights that the model computes with, and of the fp32 main weights of a 16-bit run.
-        gradients: of the gradients as they are accumulated.
-        optimizer: of the optimizer's moments.
+        weights: the weights that the model computes with, and the fp32 main weights of a 16-bit run.
+        gradients: the accumulated gradients.
+        optimizer: the optimizer's moments.
     """
 
     weights: int

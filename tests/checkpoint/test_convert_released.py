@@ -113,12 +113,12 @@ def test_settings_that_the_old_scripts_passed_over(tmp_path, capsys):
     args = {**ARGS, "layernorm_epsilon": 1e-5, "hidden_dropout": 0.1, "attention_dropout": 0.2}
     path = write_archive(tmp_path / "bert.zip", released_state(config, named_weights(build(config)), 3.0, 127), 3.0, args)
     assert main(BERT_KIND, "", [str(path)]) == 0
-    assert "something else: attention_probs_dropout_prob 0.1 (0.2), layer_norm_eps 1e-12 (1e-05), hidden_act gelu (gelu). " in (
+    assert "in brackets: attention_probs_dropout_prob 0.1 (0.2), layer_norm_eps 1e-12 (1e-05), hidden_act gelu (gelu). " in (
         capsys.readouterr().out
     )
     about = {**BERT_FILE, "layer_norm_eps": 1e-5, "attention_probs_dropout_prob": 0.2, "hidden_act": "gelu_new"}
     assert main(BERT_KIND, "", arguments(tmp_path, path, about)) == 0
-    assert "something else" not in capsys.readouterr().out
+    assert "in brackets" not in capsys.readouterr().out
     assert json.loads((tmp_path / "config.json").read_text())["layer_norm_eps"] == 1e-5
 
 
@@ -203,7 +203,7 @@ def convert_and_fail(kind, path, capsys, *more):
 def test_a_file_that_is_no_archive_is_refused(tmp_path, capsys):
     assert "there is no such file" in convert_and_fail(GPT2_KIND, tmp_path / "absent.zip", capsys)
     (tmp_path / "cut.zip").write_bytes(b"PK\x03\x04 and no more")
-    assert "not a whole zip archive" in convert_and_fail(GPT2_KIND, tmp_path / "cut.zip", capsys)
+    assert "not a complete zip archive" in convert_and_fail(GPT2_KIND, tmp_path / "cut.zip", capsys)
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
         archive.writestr("readme.txt", "")
     assert "no release/mp_rank_00/model_optim_rng.pt in it; it holds readme.txt" in convert_and_fail(
@@ -228,16 +228,16 @@ def test_settings_that_are_not_the_tensors(tmp_path, capsys):
     model = released_state(config, named_weights(build(config)), 0, 127)
     path = write_archive(tmp_path / "gpt.zip", model, None)
     said = convert_and_fail(GPT2_KIND, path, capsys)
-    assert "does not say how many attention heads a model of width 32 has; give --config_file" in said
+    assert "does not contain the number of attention heads for the hidden size 32; give --config_file" in said
     sizes = tmp_path / "sizes.json"
     sizes.write_text(json.dumps({**GPT_FILE, "n_layer": 3, "vocab_size": 128}))
     said = convert_and_fail(GPT2_KIND, path, capsys, "--config_file", str(sizes))
     assert "n_layer 3 but 4 in the tensors, vocab_size 128 but 127 in the tensors" in said
-    assert "it is no BERT; use tools/convert_megatron_gpt2_checkpoint.py" in convert_and_fail(BERT_KIND, path, capsys)
+    assert "it is not a BERT; use tools/convert_megatron_gpt2_checkpoint.py" in convert_and_fail(BERT_KIND, path, capsys)
     write_archive(path, model, 7.0)
     assert "its checkpoint_version is '7.0'; known are 0, 1.0, 2.0 and 3.0" in convert_and_fail(GPT2_KIND, path, capsys)
     write_archive(path, model, 3.0, {**ARGS, "tensor_model_parallel_size": 2})
-    assert "one rank's share of a model; use tools/import_megatron.py" in convert_and_fail(GPT2_KIND, path, capsys)
+    assert "one rank's part of a model; use tools/import_megatron.py" in convert_and_fail(GPT2_KIND, path, capsys)
     write_archive(path, model, 3.0, {**ARGS, "swiglu": True})
     assert "GPT2LMHeadModel cannot express it: --swiglu" in convert_and_fail(GPT2_KIND, path, capsys)
 
@@ -252,13 +252,13 @@ def test_tensors_that_are_not_the_models(tmp_path, capsys):
         return write_archive(tmp_path / "gpt.pt", model, None, args)
 
     path = path_without(lambda layers: layers.pop("layers.1.mlp.dense_4h_to_h.bias"))
-    assert "layers.1.mlp.down.bias is not there" in convert_and_fail(GPT2_KIND, path, capsys)
+    assert "layers.1.mlp.down.bias is missing" in convert_and_fail(GPT2_KIND, path, capsys)
     path = path_without(lambda layers: layers.update({"layers.1.attention.dense.weight": torch.zeros(32, 16)}))
     assert "layers.1.attention.dense.weight is (32, 16), not (32, 32)" in convert_and_fail(GPT2_KIND, path, capsys)
     path = path_without(lambda layers: layers.update({"layers.0.mlp.dense_h_to_4h.weight": torch.zeros(80)}))
-    assert "it holds no whole GPT-2" in convert_and_fail(GPT2_KIND, path, capsys)
+    assert "it holds no complete GPT-2" in convert_and_fail(GPT2_KIND, path, capsys)
     path = path_without(lambda layers: None, {**ARGS, "padded_vocab_size": "x"})
-    assert "the file's args say vocab_size = 'x', which is no number" in convert_and_fail(GPT2_KIND, path, capsys)
+    assert "the file's args say vocab_size = 'x', which is not a number" in convert_and_fail(GPT2_KIND, path, capsys)
     torch.save({"model": [torch.zeros(2)]}, path)
     assert "it has no `model` with weights in it" in convert_and_fail(GPT2_KIND, path, capsys)
 

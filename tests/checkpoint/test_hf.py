@@ -165,7 +165,7 @@ def test_wrong_weights_fail_the_proof(tmp_path, monkeypatch):
     assert any(row.native == square and row.conversion is CONV1D for row in GPT2.classes[0].templates)
     rows = tuple(replace(row, conversion=SAME) if row.native == square else row for row in GPT2.classes[0].templates)
     list_family(monkeypatch, with_rows(GPT2, rows))
-    with pytest.raises(ExportError, match=r"the logits differ by .*, more than 0.0001. What was written is .*hf.failed"):
+    with pytest.raises(ExportError, match=r"the logits differ by .*, more than 0.0001. The written files are in .*hf.failed"):
         export_hf(tmp_path / "run", tmp_path / "hf", say=lambda line: None)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "hf.failed", "run"]
     assert not list((tmp_path / "hf").iterdir()) and (tmp_path / "hf.failed" / "model.safetensors").exists()
@@ -263,6 +263,6 @@ def test_a_model_that_its_configuration_does_not_describe(tmp_path):
     with pytest.raises(CheckpointError, match=r"GPT2LMHeadModel has no place for layers.1"):
         export_weights(directory, tmp_path / "hf")
     directory = save(tmp_path / "run", 1, {"model": model}, Mesh.single(), config=changed_config(num_layers=3))
-    with pytest.raises(CheckpointError, match=r"asks for tensors that it does not hold: layers.2.attention.dense.weight"):
+    with pytest.raises(CheckpointError, match=r"lacks tensors that its config.json asks for: layers.2.attention.dense.weight"):
         export_weights(directory, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()

@@ -158,5 +158,5 @@ def test_wrong_weights_fail_the_proof(tmp_path, monkeypatch, wrong):
     )
     monkeypatch.setattr("megatron.interop.checked_export._round_weights", lambda model, family, written: None)
     list_family(monkeypatch, with_rows(MEGATRON_BERT, rows))
-    with pytest.raises(ExportError, match=r"the logits differ by .*, more than 0.0001. What was written is .*hf.failed"):
+    with pytest.raises(ExportError, match=r"the logits differ by .*, more than 0.0001. The written files are in .*hf.failed"):
         export_hf(tmp_path / "run", tmp_path / "hf", say=lambda line: None)

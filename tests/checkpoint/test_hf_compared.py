@@ -117,7 +117,7 @@ def test_a_tensor_in_two_files(tmp_path, written):
     save_file({"model.norm.weight": norm.clone()}, tmp_path / "model-00002-of-00002.safetensors")
     assert torch.equal(read_hf(tmp_path)[1]["final_norm.weight"], norm)
     save_file({"model.norm.weight": norm + 1}, tmp_path / "model-00002-of-00002.safetensors")
-    with pytest.raises(CheckpointError, match=r"model-00002-of-00002.*model.norm.weight is another one in a file before it"):
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002.*model.norm.weight has other values in another file"):
         read_hf(tmp_path)
 
 
@@ -126,7 +126,7 @@ def test_an_adapter_is_not_passed_over(tmp_path, written):
     _, about, tensors = written("llama")
     write_directory(tmp_path, about, tensors)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    with pytest.raises(CheckpointError, match=r"adapter_config.json in it, .*merge both with merge_and_unload"):
+    with pytest.raises(CheckpointError, match=r"adapter_config.json in it, .*merge adapter and model with merge_and_unload"):
         read_hf(tmp_path)
 
 
@@ -137,7 +137,7 @@ def test_what_people_give_instead_of_a_directory(tmp_path):
     (snapshot / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 5\n")
     for given, words in (
         (tmp_path / "absent", "there is no such directory"),
-        (snapshot / "config.json", "it is a file; give the directory"),
+        (snapshot / "config.json", "it is a file; give its directory"),
         (tmp_path / "models--gpt2", f"the model is in {snapshot}"),
         (snapshot, "it is a pointer of Git LFS, in place of the file itself; run `git lfs pull`"),
     ):

@@ -145,7 +145,7 @@ def test_the_tokenizer_comes_along(tmp_path, monkeypatch, capsys):
         ("gpt2", {"n_layer": 3}, "there is no tensor transformer.h.2.ln_1.weight"),
         ("gpt2", {"n_layer": 1}, "has no tensor transformer.h.1"),
         ("gpt2", {"n_positions": 47}, "embedding.position.weight is (48, 32), not (47, 32)"),
-        ("gpt2", {"model_type": "bert"}, "whose layer norms follow each layer"),
+        ("gpt2", {"model_type": "bert"}, "whose layer norms follow each sublayer"),
         ("gpt2", {"model_type": "t5"}, "`model_type` is 't5'; known are gpt2, llama, megatron-bert, mistral"),
         ("llama", {"hidden_act": "gelu"}, "`hidden_act` is 'gelu'; the model here has 'silu' only"),
         ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "asks for 'llama3'"),

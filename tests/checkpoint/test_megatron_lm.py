@@ -117,7 +117,7 @@ def test_files_that_others_wrote(tmp_path, version, architecture, monkeypatch, c
         and read_model_config(find_checkpoint(tmp_path / "ours")) == config
     )
     assert tool("import_megatron.py", monkeypatch, "--load", tmp_path / "run", "--save", tmp_path / "padded") == 0
-    assert "has 160 rows with its padding" in capsys.readouterr().err
+    assert "keeps all 160 rows" in capsys.readouterr().err
     assert read_model_config(find_checkpoint(tmp_path / "padded")).vocab_size == 160
 
 
@@ -160,12 +160,12 @@ def test_incomplete_megatron_checkpoints_are_refused(tmp_path):
     weights = named_weights(build(config))
     made = write_megatron(tmp_path / "run", 1, config, weights, tp=2, pp=2, tokenizer_type=None)
     os.replace(made / "mp_rank_01_001", tmp_path / "away")
-    assert "tensor-parallel rank 1 of pipeline stage 1 is not there; it needs 2 x 2" in import_and_fail(tmp_path / "run")
+    assert "tensor-parallel rank 1 of pipeline stage 1 is missing; 2 x 2 ranks were saved" in import_and_fail(tmp_path / "run")
     for name in ("mp_rank_01_000", "mp_rank_00_001"):
         os.replace(made / name, tmp_path / name)
-    assert "its args say tensor_model_parallel_size 2, and there are directories for 1" in import_and_fail(tmp_path / "run")
+    assert "its args say tensor_model_parallel_size 2, but there are directories for 1" in import_and_fail(tmp_path / "run")
     os.replace(made / "mp_rank_00_000", made / "mp_rank_9999999999")  # what lacks is found without a list of all
-    assert "tensor-parallel rank 0 of pipeline stage 0 is not there" in import_and_fail(tmp_path / "run")
+    assert "tensor-parallel rank 0 of pipeline stage 0 is missing" in import_and_fail(tmp_path / "run")
     (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("../..")
     assert "expected a number or `release`" in import_and_fail(tmp_path / "run")
 
@@ -176,13 +176,13 @@ def test_incomplete_megatron_checkpoints_are_refused(tmp_path):
         ({"num_experts": 8}, "a mixture of experts (--num-experts)"),
         ({"use_rotary_position_embeddings": True}, "rotary and learned positions at once"),
         ({"ffn_hidden_size": 96}, "layers.0.mlp.up.weight is (80, 32), not (96, 32)"),
-        ({"num_layers": 5}, "its settings say 5 layers, and there are 4"),
+        ({"num_layers": 5}, "its settings say 5 layers, but its weights have 4"),
         ({"num_layers": 10**9}, "`num_layers` is 1000000000, which makes no sense"),  # at once, and in little memory
-        ({"num_layers": "4"}, "the file's args say num_layers = '4', which is no number"),
+        ({"num_layers": "4"}, "the file's args say num_layers = '4', which is not a number"),
         ({"layernorm_epsilon": -1.0}, "`--layernorm-epsilon -1.0` must be greater than 0"),
-        ({"layernorm_epsilon": "1e-5"}, "the file's args say layernorm_epsilon = '1e-5', which is no number"),
-        ({"add_bias_linear": "no"}, "the file's args say add_bias_linear = 'no', which is no switch"),
-        ({"true_vocab_size": 0}, "a vocabulary of 0 tokens; it must have one at least"),
+        ({"layernorm_epsilon": "1e-5"}, "the file's args say layernorm_epsilon = '1e-5', which is not a number"),
+        ({"add_bias_linear": "no"}, "the file's args say add_bias_linear = 'no', which is not a switch"),
+        ({"true_vocab_size": 0}, "a vocabulary of 0 tokens; it must have at least one"),
     ],
 )
 def test_megatron_models_without_a_counterpart_are_refused(tmp_path, monkeypatch, capsys, args, words):
@@ -198,7 +198,7 @@ def test_megatron_models_without_a_counterpart_are_refused(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("settings", "lost", "words"),
     [
-        ({}, "embedding.position.weight", "no position embedding, and the file's args ask for learned positions"),
+        ({}, "embedding.position.weight", "no position embedding, but the file's args ask for learned positions"),
         (CASES["llama, grouped, wide heads"], "args.normalization", "no bias of the last LayerNorm, which always has one"),
     ],
 )
@@ -224,8 +224,8 @@ def test_layouts_that_megatron_lm_does_not_have(tmp_path):
     config = small_config()
     weights = named_weights(build(config))
     for tp, pp, words in (
-        (3, 1, "4 attention heads cannot be cut over 3"),
-        (1, 3, "4 layers cannot be cut into 3"),
+        (3, 1, "4 attention heads cannot be divided over 3"),
+        (1, 3, "4 layers cannot be divided into 3"),
         (0, 1, "1"),
     ):
         with pytest.raises(CheckpointError, match=words):

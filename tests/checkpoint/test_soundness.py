@@ -30,7 +30,7 @@ def run(root, args=None, **changes):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (dict(up=lambda t: t.to(torch.int8)), f"{UP} holds int8, which is no weight"),
+        (dict(up=lambda t: t.to(torch.int8)), f"{UP} holds int8, which is not a dtype of trained weights"),
         (dict(norm=lambda t: t / 0), r"layers.1.input_layernorm.weight has values that are not finite"),
     ],
 )
@@ -42,7 +42,7 @@ def test_tensors_that_are_no_weights(tmp_path, change, words):
 def test_a_matrix_of_zeros_is_told(tmp_path):
     found = read_megatron(run(tmp_path, up=torch.zeros_like, norm=torch.zeros_like), 127)
     assert [note for note in found.notes if "zeros" in note] == [
-        "layers.2.mlp.up.weight is all zeros; was the model saved whole?"
+        "layers.2.mlp.up.weight is all zeros; was the model saved completely?"
     ]
 
 

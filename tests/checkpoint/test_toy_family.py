@@ -136,7 +136,7 @@ def test_from_the_toy_to_four_ranks_and_back(sources, listed, tmp_path, monkeypa
     assert f"not compared with transformers' logits: {NO_CLASS}" in capsys.readouterr().out
     assert tool(monkeypatch, "export_hf.py", "--load", tmp_path / "ours", "--output", tmp_path / "hf") == 0
     said = capsys.readouterr().out
-    assert f"{NO_CLASS}, so no logits are compared; read back here, all 17 tensors are the checkpoint's" in said
+    assert f"{NO_CLASS}, so no logits are compared; read back here, all 17 tensors equal the checkpoint's" in said
     assert "hidden states differ by at most 0.00e+00" in said
     before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "hf"))
     assert before.keys() == after.keys() and all(before[name].equal(after[name]) for name in before)
@@ -245,8 +245,8 @@ def test_an_installed_package_brings_a_family(sources, tmp_path) -> None:
     before, after = (load_file(folder / "model.safetensors") for folder in (sources[1], tmp_path / "hf"))
     assert before.keys() == after.keys() and all(before[name].equal(after[name]) for name in before)
     code = (
-        "import sys; from pathlib import Path; from megatron.interop.families.table import OWN, FAMILIES, family_named\n"
-        "assert FAMILIES['gpt2'] is OWN['gpt2'] and 'toy_families' not in sys.modules\n"
+        "import sys; from pathlib import Path; from megatron.interop.families.table import BUILT_IN, FAMILIES, family_named\n"
+        "assert FAMILIES['gpt2'] is BUILT_IN['gpt2'] and 'toy_families' not in sys.modules\n"
         "for name in ('gone', 'wrong', 'other'):\n"
         "    try: family_named(name)\n"
         "    except ValueError as error: print(error)\n"
@@ -255,7 +255,7 @@ def test_an_installed_package_brings_a_family(sources, tmp_path) -> None:
     assert done.returncode == 0, done.stderr
     gone, wrong, other = done.stdout.splitlines()
     assert gone.startswith("the family gone needs toy_families_of_old:TOY, which cannot be loaded: No module named")
-    assert wrong == "the family wrong needs toy_families:TOY_LLAMA, which is no HFFamily of this model_type"
+    assert wrong == "the family wrong needs toy_families:TOY_LLAMA, which is not an HFFamily of this model_type"
     assert other.startswith("`model_type` is 'other'; known are gone, gpt2, llama, megatron-bert, mistral, toy_llama, wrong")
 
 

@@ -1,7 +1,7 @@
-"""The type of a family: everything known of one form in which models are published in Hugging Face, as data.
+"""The description of a model family of Hugging Face: its fields, classes and tensors as data.
 
-A family is a file with one value of `HFFamily`, and its name in table.py. Import, export, their comparison with transformers
-and the messages of all of them read the value alone.
+Each family is a file of this package that defines one `HFFamily`, and an entry in table.py. Import, export and the comparison
+with transformers get everything they need about a family from this value.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from megatron.config.schema import ModelConfig
 from megatron.interop.tensor_mapping import TensorMapping
 
 NUMBER = int | float
-# Endings of constants that older versions of transformers saved beside the weights.
+# Endings of the names of constants that older versions of transformers saved among the weights.
 CONSTANT_SUFFIXES = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", ".embeddings.position_ids")
 
 
 @dataclass(frozen=True)
 class ConfigField:
-    """A field of config.json. null is legal where the default is None.
+    """A field of config.json. It may be null if its default is None.
 
     Attributes:
-        types: that transformers accepts for it.
-        default: the value of an absent field, as the class in transformers has it.
-        native: the name of the same setting here, where one exists.
-        fixed: the default is the only value that the model here has.
+        types: the types that transformers accepts.
+        default: the value of an absent field in transformers.
+        native: our name of the same setting; None if there is none.
+        fixed: whether the default is the only value that the model here supports.
     """
 
     types: type | UnionType
@@ -49,9 +49,9 @@ class HFClass:
     """A class of transformers.
 
     Attributes:
-        architecture: its name, as `architectures` of config.json gives it.
-        templates: the mappings of its tensors, those of a layer once, with `{n}` for its number.
-        serves: tells whether the class is for this kind of model at all.
+        architecture: its name, as in `architectures` of config.json.
+        templates: the mappings of its tensors; those of the layers are listed once, with `{n}` for the layer's number.
+        serves: returns whether the class is for the model's architecture and heads.
     """
 
     architecture: str
@@ -59,7 +59,7 @@ class HFClass:
     serves: Callable[[ModelConfig], bool] = is_gpt
 
     def mappings(self, config: ModelConfig) -> Iterator[TensorMapping]:
-        """Yield the mapping of every tensor, with the layers' numbers put in."""
+        """Yield the mapping of every tensor, with the numbers of the layers in the names."""
         for template in self.templates:
             if "{n}" in template.native:
                 yield from (template.for_layer(n) for n in range(config.num_layers))
@@ -67,34 +67,32 @@ class HFClass:
                 yield template
 
 
-HFTensors = dict[str, Tensor]  # of a directory, by their names there
+HFTensors = dict[str, Tensor]  # the tensors of a Hugging Face directory by their names in its files
 ChooseClass = Callable[[ModelConfig, HFTensors, Mapping[str, Any]], tuple[ModelConfig, HFClass]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class HFFamily:
-    """A family of models in Hugging Face's form, in both directions.
+    """A family of models in Hugging Face, described for import and export.
 
     Attributes:
-        model_type: its name in config.json.
-        classes: its classes in transformers. The first that serves a configuration is written.
-        fields: every field of config.json that the classes compute with, `tie_word_embeddings` among them, with the class's
-            default, which an absent field has.
-        aliases: other names of fields, which transformers takes for them.
+        model_type: the family's name in config.json.
+        classes: its classes in transformers. A model is exported as the first one that serves its configuration.
+        fields: every field of config.json that affects what the classes compute, including `tie_word_embeddings`.
+        aliases: another name of a field that transformers accepts -> the field's name.
         causal: the only value that `is_causal` in config.json may have.
-        to_settings: makes our settings that follow from more than one field, of the fields' values and the whole config.json.
-            CheckpointError for what the model here does not have.
-        to_fields: makes the fields of config.json of a resolved configuration of ours.
-        unsupported: lists in words what of a configuration the family cannot express.
-        unwritten_settings: our settings that it has no field for, though a model may train with them, each with a sentence
-            that says so.
-        exported: whether models are exported as this family; False where another one that is listed says the same.
-        choose_class: tells which class a directory was saved from, and adds to the configuration what its tensors say; of the
-            tensors it may take out those that mean nothing. None for the first class.
-        tensor_prefix: of the tensors' names; a directory that holds the model without its head lacks it.
-        head_prefixes: prefixes of names that such a directory has as they are.
-        tied_copies: a tensor that transformers ties to another -> that other one.
-        constant_suffixes: endings of names that hold no weights.
+        to_settings: returns the settings that are not copies of single fields, computed from the values of `fields` and from
+            the whole config.json. CheckpointError for values that the model here does not support.
+        to_fields: returns the fields of config.json for a resolved configuration.
+        unsupported: returns as texts the properties of a configuration that the family cannot express.
+        unwritten_settings: training settings of ours that the family has no field for, each with a message about it.
+        exported: whether models are exported as this family; False if another listed family expresses the same models.
+        choose_class: returns the class that a directory was saved from, and the configuration completed with what the tensors
+            show; it may remove tensors without any effect. None if the directory is always of the first class.
+        tensor_prefix: the prefix of tensor names, which is absent in a directory that holds the model without its head.
+        head_prefixes: prefixes of the tensors of heads, which never get `tensor_prefix`.
+        tied_copies: the name of a tied tensor -> the name of the tensor that transformers ties it to.
+        constant_suffixes: endings of the names of tensors that are not weights.
     """
 
     model_type: str
@@ -114,11 +112,11 @@ class HFFamily:
     constant_suffixes: tuple[str, ...] = CONSTANT_SUFFIXES
 
     def serves(self, config: ModelConfig) -> bool:
-        """Return whether one of the classes is for this kind of model."""
+        """Return whether one of the classes is for the model's architecture and heads."""
         return any(hf_class.serves(config) for hf_class in self.classes)
 
     def exported_class(self, config: ModelConfig) -> HFClass:
-        """Return the class that a model is written as. ValueError where none is for its kind."""
+        """Return the class that a model is exported as. ValueError if no class serves it."""
         for hf_class in self.classes:
             if hf_class.serves(config):
                 return hf_class
@@ -131,35 +129,35 @@ class HFFamily:
     def class_from_tensors(
         self, config: ModelConfig, tensors: HFTensors, hf_config: Mapping[str, Any]
     ) -> tuple[ModelConfig, HFClass]:
-        """Return the configuration with what a directory's tensors say, and the class that the directory was saved from.
+        """Return the configuration completed with what the tensors show, and the class that the directory was saved from.
 
         Args:
-            config: resolved, as config.json describes it.
-            tensors: of the directory, by their names there; those that mean nothing are taken out.
+            config: the resolved configuration that config.json describes.
+            tensors: the directory's tensors by their names there; those without any effect are removed.
             hf_config: the content of config.json.
 
         Raises:
-            CheckpointError: where the tensors are none that the model here can have.
+            CheckpointError: the model here cannot have these tensors.
         """
         return (config, self.classes[0]) if self.choose_class is None else self.choose_class(config, tensors, hf_config)
 
     def mappings(self, config: ModelConfig) -> Iterator[TensorMapping]:
-        """Yield the mappings of the class that a model is written as, with the layers' numbers put in."""
+        """Yield the mappings of the class that a model is exported as, with the numbers of the layers in the names."""
         return self.exported_class(config).mappings(config)
 
     def rounded(self, weights: Mapping[str, Tensor], config: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Return the weights as they come back after they were written in `dtype`, under our names.
+        """Return the weights with the rounding of an export in `dtype`, under our names.
 
-        They are rounded in the layout of the file, since a conversion may compute: gamma and gamma - 1 round differently.
+        Rounding is applied to the exported tensors, because a conversion may compute: gamma and gamma - 1 round differently.
 
         Args:
-            weights: under our names, whole; all of them have a mapping.
-            config: resolved.
-            dtype: of the tensors that are written.
+            weights: the whole tensors under our names; each has a mapping.
+            config: the resolved configuration.
+            dtype: the dtype of the exported tensors.
         """
         rows = {row.native: row for row in self.mappings(config)}
-        back = {}
+        read_back = {}
         for name, tensor in weights.items():
-            written = rows[name].conversion.to_hf(tensor, config)
-            back[name] = rows[name].conversion.from_hf(tuple(t.to(dtype).to(tensor.dtype) for t in written), config)
-        return back
+            exported = rows[name].conversion.to_hf(tensor, config)
+            read_back[name] = rows[name].conversion.from_hf(tuple(t.to(dtype).to(tensor.dtype) for t in exported), config)
+        return read_back

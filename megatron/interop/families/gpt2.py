@@ -1,4 +1,4 @@
-"""GPT-2: learned positions, LayerNorm before each sublayer, linear layers that keep [in, out]."""
+"""GPT-2: learned positions, LayerNorm before each sublayer, weights of linear layers stored as [in, out]."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from megatron.interop.families.shared import (
 )
 from megatron.interop.tensor_mapping import CONV1D, GAMMA, QKV_IN_ONE, SAME, TensorMapping
 
-# The names of transformers.GPT2LMHeadModel. Linear layers are Conv1D there, so their weights are [in, out]: c_attn, queries,
-# keys and values in one, is [hidden, 3 * hidden].
+# The names of transformers.GPT2LMHeadModel. Its linear layers are Conv1D, so their weights are [in, out]; c_attn, which joins
+# queries, keys and values, is [hidden, 3 * hidden].
 TEMPLATES = (
     TensorMapping("embedding.word.weight", ("transformer.wte.weight",), SAME),  # [vocab, hidden]
     TensorMapping("embedding.position.weight", ("transformer.wpe.weight",), SAME, zeros_shape=positions_shape),
@@ -41,7 +41,7 @@ TEMPLATES = (
     TensorMapping("final_norm.bias", ("transformer.ln_f.bias",), SAME, zeros_shape=hidden_shape),
     TensorMapping("head.weight", ("lm_head.weight",), SAME),  # [vocab, hidden]
 )
-# With the defaults of transformers.GPT2Config.
+# The defaults are those of transformers.GPT2Config.
 FIELDS: Mapping[str, ConfigField] = MappingProxyType(
     {
         "vocab_size": ConfigField(int, 50257, "vocab_size"),
@@ -52,7 +52,7 @@ FIELDS: Mapping[str, ConfigField] = MappingProxyType(
         "n_inner": ConfigField(int, None, "ffn_hidden_size"),  # null is 4 * n_embd
         "activation_function": ConfigField(str, "gelu_new"),
         "resid_pdrop": ConfigField(NUMBER, 0.1, "hidden_dropout"),
-        "embd_pdrop": ConfigField(NUMBER, 0.1),  # of the embeddings; here hidden_dropout is theirs too
+        "embd_pdrop": ConfigField(NUMBER, 0.1),  # dropout of the embeddings, for which we use hidden_dropout
         "attn_pdrop": ConfigField(NUMBER, 0.1, "attention_dropout"),
         "layer_norm_epsilon": ConfigField(float, 1e-5, "layernorm_epsilon"),
         "initializer_range": ConfigField(float, 0.02, "init_method_std"),
@@ -68,7 +68,7 @@ def _to_settings(values: Mapping[str, Any], hf_config: Mapping[str, Any]) -> dic
     if values["embd_pdrop"] != values["resid_pdrop"]:
         raise CheckpointError(
             f"`embd_pdrop` is {values['embd_pdrop']} and `resid_pdrop` {values['resid_pdrop']}; the model here has one dropout "
-            "for both, which only training knows: write the one that you want into both"
+            "for both, used only in training: write the rate that you want into both"
         )
     return {
         "activation": activation_from_hf(values["activation_function"], "activation_function"),

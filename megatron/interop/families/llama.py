@@ -1,4 +1,4 @@
-"""Llama: rotary positions, RMSNorm, a gated MLP, key-value heads that several query heads share."""
+"""Llama: rotary positions, RMSNorm, a gated MLP, grouped-query attention."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from megatron.interop.tensor_mapping import GAMMA, QKV_IN_THREE, SAME, TensorMap
 
 
 def _projections(kind: str) -> tuple[str, ...]:
-    """Return the names of the tensors of queries, keys and values. kind: `weight` or `bias`."""
+    """Return the names of the query, key and value tensors. kind: `weight` or `bias`."""
     return tuple(f"model.layers.{{n}}.self_attn.{x}_proj.{kind}" for x in "qkv")
 
 
-# The names of transformers.LlamaForCausalLM, whose linear layers keep [out, in]: queries [heads * head_dim, hidden], keys and
-# values [groups * head_dim, hidden], the output [hidden, heads * head_dim].
+# The names of transformers.LlamaForCausalLM. Weights of linear layers are [out, in]: queries [heads * head_dim, hidden], keys
+# and values [groups * head_dim, hidden], the output [hidden, heads * head_dim].
 TEMPLATES = (
     TensorMapping("embedding.word.weight", ("model.embed_tokens.weight",), SAME),  # [vocab, hidden]
     TensorMapping("layers.{n}.input_norm.weight", ("model.layers.{n}.input_layernorm.weight",), GAMMA),
@@ -37,7 +37,7 @@ TEMPLATES = (
     TensorMapping("final_norm.weight", ("model.norm.weight",), GAMMA),
     TensorMapping("head.weight", ("lm_head.weight",), SAME),  # [vocab, hidden]
 )
-# With the defaults of transformers.LlamaConfig: those that Mistral shares, then the whole.
+# The fields that Llama and Mistral share, with the defaults of transformers.LlamaConfig.
 FIELDS_LIKE_LLAMA: Mapping[str, ConfigField] = MappingProxyType(
     {
         "vocab_size": ConfigField(int, 32000, "vocab_size"),
@@ -66,14 +66,14 @@ FIELDS: Mapping[str, ConfigField] = MappingProxyType(
 
 
 def settings_like_llama(values: Mapping[str, Any], hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of Llama and of families that differ in fields alone.
+    """Return the settings of Llama and of families that differ from it only in their fields.
 
     Args:
-        values: of the fields.
+        values: the value of each of the family's fields.
         hf_config: the content of config.json.
 
     Raises:
-        CheckpointError: for what the model here does not have.
+        CheckpointError: a value asks for something that the model here does not have.
     """
     if values["hidden_act"] not in ("silu", "swish"):
         raise CheckpointError(f"`hidden_act` is {values['hidden_act']!r}; the model here has 'silu' only")
@@ -83,11 +83,12 @@ def settings_like_llama(values: Mapping[str, Any], hf_config: Mapping[str, Any])
             "`attention_bias` and `mlp_bias` differ; the model here has biases in all linear layers or in none"
         )
     window = values.get("sliding_window")
-    # A window as wide as the model is long hides nothing.
+    # A window of max_position_embeddings or more masks nothing.
     if window is not None and window < values["max_position_embeddings"]:
-        left_out = "" if "sliding_window" in hf_config else ", which it is where it is left out"
+        default = "" if "sliding_window" in hf_config else " by default"
         raise CheckpointError(
-            f"`sliding_window` is {window}{left_out}; the model here sees all {values['max_position_embeddings']} positions"
+            f"`sliding_window` is {window}{default}, less than the {values['max_position_embeddings']} positions; the model "
+            "here has no sliding window"
         )
     return {
         "normalization": "RMSNorm",
@@ -123,7 +124,7 @@ def _to_fields(config: ModelConfig) -> dict[str, Any]:
         "attention_bias": config.add_bias_linear,
         "mlp_bias": config.add_bias_linear,
         "attention_dropout": config.attention_dropout,
-        # Transformers 4 reads the first, Transformers 5 the second.
+        # Transformers 4 reads rope_theta, Transformers 5 rope_parameters.
         "rope_theta": config.rotary_base,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rotary_base},
     }
@@ -131,20 +132,20 @@ def _to_fields(config: ModelConfig) -> dict[str, Any]:
 
 def _unsupported(config: ModelConfig) -> list[str]:
     heads, hidden = config.num_attention_heads, config.hidden_size
-    found = unsupported_by_all(config)
+    obstacles = unsupported_by_all(config)
     if config.normalization != "RMSNorm":
-        found.append(f"--normalization {config.normalization}: it has RMSNorm")
+        obstacles.append(f"--normalization {config.normalization}: it has RMSNorm")
     if config.position_embedding_type != "rope":
-        found.append(f"--position-embedding-type {config.position_embedding_type}: it has rope")
+        obstacles.append(f"--position-embedding-type {config.position_embedding_type}: it has rope")
     elif config.rotary_percent != 1.0:
-        found.append(f"--rotary-percent {config.rotary_percent:g}: it turns the whole head")
+        obstacles.append(f"--rotary-percent {config.rotary_percent:g}: it rotates whole heads")
     elif config.rotary_interleaved:
-        found.append("--rotary-interleaved: it turns the halves of a head")
+        obstacles.append("--rotary-interleaved: it rotates the halves of a head")
     if config.activation != "swiglu":
-        found.append(f"the activation {config.activation}: it has --swiglu")
+        obstacles.append(f"the activation {config.activation}: it has --swiglu")
     if hidden % heads:
-        found.append(f"--hidden-size {hidden}: transformers wants a multiple of the {heads} heads")
-    return found
+        obstacles.append(f"--hidden-size {hidden}: transformers wants a multiple of the {heads} heads")
+    return obstacles
 
 
 LLAMA = HFFamily(

@@ -1,4 +1,4 @@
-"""MegatronBert: layer norms before each sublayer, with the heads of pretraining or with that of a task."""
+"""MegatronBert: layer norms before each sublayer, with the heads of pretraining or the head of a task."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ MAX_CLASSES = 1 << 20  # of a head: a larger `num_labels` would only fill the me
 
 
 def _segments_shape(config: ModelConfig) -> tuple[int, ...]:
-    """Return the shape of the table of token types: the first segment and the second."""
+    """Return the shape of the embedding of the two token types, first and second segment."""
     return (2, config.hidden_size)
 
 
 def _projections(kind: str) -> tuple[str, ...]:
-    """Return the names of the tensors of queries, keys and values. kind: `weight` or `bias`."""
+    """Return the names of the query, key and value tensors. kind: `weight` or `bias`."""
     return tuple(f"bert.encoder.layer.{{n}}.attention.self.{x}.{kind}" for x in ("query", "key", "value"))
 
 
@@ -43,12 +43,12 @@ def _has_binary_head(config: ModelConfig) -> bool:
     return config.architecture == "bert" and config.has_binary_head
 
 
-def _has_masked_words_alone(config: ModelConfig) -> bool:
+def _has_only_masked_words(config: ModelConfig) -> bool:
     return config.architecture == "bert" and config.has_output_layer and not config.has_binary_head
 
 
-# The names of transformers.MegatronBertForPreTraining, whose linear layers keep [out, in]. The decoder of the masked words is
-# tied to the word embeddings, and so in no row.
+# The names of transformers.MegatronBertForPreTraining, whose weights of linear layers are [out, in]. The decoder of the masked
+# words has no row, since it is tied to the word embeddings.
 WITH_ORDER = HFClass(
     "MegatronBertForPreTraining",
     (
@@ -96,11 +96,11 @@ WITH_ORDER = HFClass(
     ),
     _has_binary_head,
 )
-# Without the binary head there is no pooler either; transformers has a class for that.
+# The class without the binary head, and so without the pooler.
 WORDS_ALONE = HFClass(
     "MegatronBertForMaskedLM",
     tuple(row for row in WITH_ORDER.templates if not row.native.startswith(("pooler.", "order."))),
-    _has_masked_words_alone,
+    _has_only_masked_words,
 )
 
 
@@ -109,9 +109,9 @@ def _fine_tuned(head: str, name: str, layer: str, *, pooler: bool) -> HFClass:
 
     Args:
         head: our name of the head, `task_head` of the configuration.
-        name: of the class, after `MegatronBertFor`.
+        name: the name of the class without the prefix `MegatronBertFor`.
         layer: the name in transformers of the head's linear layer.
-        pooler: whether the head reads the pooler's output, not that of every token.
+        pooler: whether the head's input is the pooler's output; otherwise it is the encoder's output at every token.
     """
     left_out = ("masked_words.", "order.") if pooler else ("masked_words.", "order.", "pooler.")
     encoder = [row for row in WITH_ORDER.templates if not row.native.startswith(left_out)]
@@ -127,7 +127,7 @@ FINE_TUNED: Mapping[str, HFClass] = MappingProxyType(
         "tags": _fine_tuned("tags", "TokenClassification", "classifier", pooler=False),
     }
 )
-# With the defaults of transformers.MegatronBertConfig.
+# The defaults are those of transformers.MegatronBertConfig.
 FIELDS: Mapping[str, ConfigField] = MappingProxyType(
     {
         "vocab_size": ConfigField(int, 29056, "vocab_size"),
@@ -145,7 +145,7 @@ FIELDS: Mapping[str, ConfigField] = MappingProxyType(
         "is_decoder": ConfigField(bool, False, fixed=True),
         "add_cross_attention": ConfigField(bool, False, fixed=True),
         "tie_word_embeddings": ConfigField(bool, True, fixed=True),
-        "position_embedding_type": ConfigField(str, "absolute", fixed=True),  # of Transformers 4
+        "position_embedding_type": ConfigField(str, "absolute", fixed=True),  # only in Transformers 4
     }
 )
 
@@ -155,7 +155,7 @@ def _to_settings(values: Mapping[str, Any], hf_config: Mapping[str, Any]) -> dic
 
 
 def _to_fields(config: ModelConfig) -> dict[str, Any]:
-    """Return the fields, with the names of a task's classes; of a choice and a span the outputs have none."""
+    """Return the fields, with the names of the task's classes; "choice" and "span" heads have none."""
     hf_config: dict[str, Any] = {
         "vocab_size": config.known_vocab_size,
         "max_position_embeddings": config.max_position_embeddings,
@@ -176,21 +176,21 @@ def _to_fields(config: ModelConfig) -> dict[str, Any]:
 
 
 def _choose_class(config: ModelConfig, tensors: HFTensors, hf_config: Mapping[str, Any]) -> tuple[ModelConfig, HFClass]:
-    """Choose among the fine-tuned classes, the one with the binary head, and the one without.
+    """Choose among the fine-tuned classes, the class with the binary head, and the one without.
 
-    Without that head the model here has no token types; then those there must mean nothing.
+    Without the binary head the model here has no token types, so the directory's embedding of token types must be zeros.
     """
-    named = saved_class(hf_config)
-    head = next((head for head, tuned in FINE_TUNED.items() if tuned.architecture == named), None)
+    architecture = saved_class(hf_config)
+    head = next((head for head, tuned in FINE_TUNED.items() if tuned.architecture == architecture), None)
     if head is not None:
         return replace(config, task_head=head, labels=_labels(head, tensors, hf_config)), FINE_TUNED[head]
     pooled = any(name.startswith(("bert.pooler.", "cls.seq_relationship.")) for name in tensors)
-    if pooled or named == WITH_ORDER.architecture:
+    if pooled or architecture == WITH_ORDER.architecture:
         return config, WITH_ORDER
-    types = tensors.get("bert.embeddings.token_type_embeddings.weight")  # [2, hidden]
-    if types is not None and types.any():
+    token_types = tensors.get("bert.embeddings.token_type_embeddings.weight")  # [2, hidden]
+    if token_types is not None and token_types.any():
         raise CheckpointError(
-            "it has token types and no cls.seq_relationship; open it as MegatronBertForPreTraining and save it, and import that"
+            "it has token types but no cls.seq_relationship; open it as MegatronBertForPreTraining, save it and import that"
         )
     templates = tuple(row for row in WORDS_ALONE.templates if row.native != "embedding.segment.weight")
     tensors.pop("bert.embeddings.token_type_embeddings.weight", None)
@@ -198,8 +198,8 @@ def _choose_class(config: ModelConfig, tensors: HFTensors, hf_config: Mapping[st
 
 
 def _labels(head: str, tensors: Mapping[str, Tensor], hf_config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the names of the classes that a head tells apart. CheckpointError where its tensors have another number."""
-    if head == "choice":  # transformers knows no number of choices
+    """Return the names of a head's classes. CheckpointError if its tensors have another number of classes."""
+    if head == "choice":  # config.json does not contain the number of choices
         return TASKS["RACE"].labels
     names = class_names(hf_config)
     outputs = tensors.get("qa_outputs.weight" if head == "span" else "classifier.weight", torch.empty(0)).shape[
@@ -210,16 +210,16 @@ def _labels(head: str, tensors: Mapping[str, Tensor], hf_config: Mapping[str, An
     if head == "classification" and (
         hf_config.get("problem_type") not in (None, "single_label_classification") or len(names) < 2
     ):
-        asked = hf_config.get("problem_type") or "regression, of one number"
-        raise CheckpointError(f"`problem_type` is {asked!r}; the model here tells classes apart, one of each sample")
+        problem = hf_config.get("problem_type") or "regression"  # transformers' default where there is a single class
+        raise CheckpointError(f"`problem_type` is {problem!r}; the model here predicts one of several classes for each sample")
     return () if head == "span" else names
 
 
 def class_names(hf_config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the names of the classes that a task's head tells apart; transformers' `LABEL_0`, ... where nobody named them."""
+    """Return the names of the classes of a task's head, by default those of transformers, `LABEL_0`, `LABEL_1`, ..."""
     named, count = hf_config.get("id2label"), hf_config.get("num_labels")
     if named is not None and (not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values())):
-        raise CheckpointError("`id2label` of config.json names no classes")
+        raise CheckpointError("`id2label` of config.json is not an object of names")
     if count is not None and (type(count) is not int or not 1 <= count <= MAX_CLASSES):
         raise CheckpointError(f"`num_labels` of config.json is {count!r}, which makes no sense")
     if named is None:
@@ -227,7 +227,7 @@ def class_names(hf_config: Mapping[str, Any]) -> tuple[str, ...]:
     if count is not None and count != len(named):
         raise CheckpointError(f"`num_labels` is {count}, and `id2label` of config.json has {len(named)}")
     if named.keys() != {str(number) for number in range(len(named))}:
-        raise CheckpointError(f"`id2label` of config.json numbers its {len(named)} classes otherwise than from 0 on")
+        raise CheckpointError(f"`id2label` of config.json does not number its {len(named)} classes from 0 on")
     return tuple(named[str(number)] for number in range(len(named)))
 
 

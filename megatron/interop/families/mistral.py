@@ -1,4 +1,4 @@
-"""Mistral, read alone: without a sliding window its weights are a Llama's, as which they are exported."""
+"""Mistral, for import only: without a sliding window it computes the same as Llama, and is exported as one."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@ A package outside this one adds a family by an entry point of the group `megatro
     [project.entry-points."megatron.families"]
     toy_llama = "my_package.toy_llama:TOY_LLAMA"
 
-TOY_LLAMA is an `HFFamily`, and the entry point's name is its `model_type`. The package is imported where the family is used,
-or where none of our own can express a model that is exported; it cannot take the name of one of our own.
+TOY_LLAMA is an `HFFamily`, and the entry point's name is its `model_type`, which must not be that of a built-in family. The
+package is imported only when the family is used, or when no built-in family can express a model that is exported.
 """
 
 from __future__ import annotations
@@ -25,44 +25,46 @@ from megatron.interop.families.mistral import MISTRAL
 
 GROUP = "megatron.families"
 
-OWN: Mapping[str, HFFamily] = MappingProxyType({family.model_type: family for family in (GPT2, LLAMA, MISTRAL, MEGATRON_BERT)})
-FAMILIES: Mapping[str, HFFamily | EntryPoint] = with_installed(OWN, GROUP)
-# Families that are known and cannot be read, each with the reason.
+BUILT_IN: Mapping[str, HFFamily] = MappingProxyType(
+    {family.model_type: family for family in (GPT2, LLAMA, MISTRAL, MEGATRON_BERT)}
+)
+FAMILIES: Mapping[str, HFFamily | EntryPoint] = with_installed(BUILT_IN, GROUP)
+# Families that cannot be imported, each with the reason.
 REFUSED: Mapping[str, str] = MappingProxyType(
     {
-        "bert": "whose layer norms follow each layer; here they come first, as in 'megatron-bert', and weights of the one make "
-        "no sense in the other"
+        "bert": "whose layer norms follow each sublayer; here they precede it, as in 'megatron-bert', so weights of the one do "
+        "not work in the other"
     }
 )
 
 
 def family_named(model_type: str) -> HFFamily:
-    """Return the family of a `model_type`. ValueError when it is not known, or its package does not hold what it should."""
+    """Return the family of a `model_type`. ValueError if it is unknown, or its package does not define it correctly."""
     if model_type not in FAMILIES:
         if model_type in REFUSED:
             raise ValueError(f"`model_type` is {model_type!r}, {REFUSED[model_type]}")
         raise ValueError(f"`model_type` is {model_type!r}; known are {', '.join(sorted(FAMILIES))}")
-    found = FAMILIES[model_type]
-    if isinstance(found, HFFamily):
-        return found
+    entry = FAMILIES[model_type]
+    if isinstance(entry, HFFamily):
+        return entry
     try:
-        family = load_entry(found)
+        family = load_entry(entry)
     except ValueError as error:
         raise ValueError(f"the family {model_type} {error}") from error
     if not isinstance(family, HFFamily) or family.model_type != model_type:
-        raise ValueError(f"the family {model_type} needs {found.value}, which is no HFFamily of this model_type")
+        raise ValueError(f"the family {model_type} needs {entry.value}, which is not an HFFamily of this model_type")
     return family
 
 
 def family_for_export(config: ModelConfig, model_type: str | None = None) -> HFFamily:
-    """Return the family that a model is exported as: the one named, else the first in the table that can express it.
+    """Return the family that a model is exported as: `model_type` if it can express the model, else the first that can.
 
     Args:
-        config: resolved.
-        model_type: of the directory that the model was imported from, if any: several families can express one model.
+        config: the resolved configuration.
+        model_type: the family that the model was imported from, None without one.
 
     Raises:
-        ValueError: with everything that stands in the way, when no family can express the model.
+        ValueError: no family can express the model; the message gives all reasons.
     """
     if model_type is not None and model_type in FAMILIES and (family := family_named(model_type)).expresses(config):
         return family
