@@ -138,7 +138,7 @@ def test_what_people_give_instead_of_a_directory(tmp_path):
     for given, words in (
         (tmp_path / "absent", "there is no such directory"),
         (snapshot / "config.json", "it is a file; give its directory"),
-        (tmp_path / "models--gpt2", f"the model is in {snapshot}"),
+        (tmp_path / "models--gpt2", f"the latest model is in {snapshot}"),
         (snapshot, "it is a pointer of Git LFS, in place of the file itself; run `git lfs pull`"),
     ):
         with pytest.raises(CheckpointError, match=words):
