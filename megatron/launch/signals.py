@@ -58,7 +58,7 @@ class StopSignals:
         The exception is an ignored SIGINT, since shells make background processes ignore it on purpose.
         """
         free = [number for number in STOP_SIGNALS if signal.getsignal(number) in (signal.SIG_DFL, signal.SIG_IGN)]
-        handled = [number for number in free if number != signal.SIGINT]
+        handled: list[signal.Signals] = [number for number in free if number != signal.SIGINT]
         if self._interrupts is not None and signal.getsignal(signal.SIGINT) in (signal.SIG_DFL, signal.default_int_handler):
             handled.append(signal.SIGINT)
         if threading.current_thread() is not threading.main_thread() or not handled:
