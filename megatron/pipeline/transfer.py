@@ -1,7 +1,7 @@
-"""Point-to-point transfers along the pipeline axis: posted, then waited for, so that they run beside the computation.
+"""Point-to-point transfers along the pipeline axis: posted first and waited for later, so that they overlap with computation.
 
-Each direction has communicators of its own: on a backend that works a communicator's transfers off in order, a receive that
-was posted early must not hold up a send. Backends that match by tag get the transfer's number.
+Each direction has its own communicators: on a backend that processes a communicator's transfers in order, a receive that was
+posted early must not delay a send. The number of a transfer is its tag, for backends that match by tag.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class PendingReceive:
         self._work, self._buffer, self._device = work, buffer, device
 
     def wait(self) -> Tensor:
-        """Wait for the tensor, and return it on the device of the stage, `[...]` of the shape that was asked for."""
+        """Wait for the tensor, and return it on the device of the stage, in the requested shape `[...]`."""
         self._work.wait()
         return self._buffer.to(self._device, non_blocking=True)
 
@@ -39,12 +39,13 @@ class Channels:
         self.up, self.back, self.device = up, back, device
         by_host = up.group is not None and device.type == "cuda" and dist.get_backend(up.group) == "gloo"
         self.memory = torch.device("cpu") if by_host else device
-        self._sending: dict[int, tuple[Any, Tensor]] = {}  # a tensor must live until it has left
+        self._sending: dict[int, tuple[Any, Tensor]] = {}  # keeps the tensors alive until they have been sent
 
     def connect(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Open the communicators of all channels, (sender, receiver) in an order that is the same on all ranks. Collective.
+        """Open the communicators of all channels. Collective.
 
         A backend that connects at first use would otherwise block in the middle of a step. JobError names the one that fails.
+        pairs: (sender, receiver) of each channel, in the same order on all ranks.
         """
         for sender, receiver in pairs:
             axis = self._axis(sender, receiver)
@@ -56,7 +57,7 @@ class Channels:
                     dist.send(token, ends[1], group=axis.group)
                 else:
                     dist.recv(token, ends[0], group=axis.group)
-                token.item()  # a tensor on a GPU was only asked for so far
+                token.item()  # on a GPU, wait until the transfer has been made
 
     def _axis(self, sender: int, receiver: int) -> Axis:
         return self.up if sender < receiver else self.back
@@ -66,8 +67,8 @@ class Channels:
 
         Args:
             x: hidden states or their gradient, `[seq, batch, hidden]`.
-            peer: pipeline rank that gets it.
-            number: of the transfer, the same on both sides.
+            peer: pipeline rank of the receiver.
+            number: number of the transfer, the same on both sides.
         """
         for done in [n for n, (work, _) in self._sending.items() if work.is_completed()]:
             del self._sending[done]
@@ -79,10 +80,10 @@ class Channels:
         """Start to receive, and return at once.
 
         Args:
-            shape: of the tensor, `[seq, batch, hidden]`.
-            dtype: of the tensor.
-            peer: pipeline rank that it comes from.
-            number: of the transfer, the same on both sides.
+            shape: shape of the tensor, `[seq, batch, hidden]`.
+            dtype: dtype of the tensor.
+            peer: pipeline rank of the sender.
+            number: number of the transfer, the same on both sides.
         """
         buffer = torch.empty(shape, dtype=dtype, device=self.memory)
         axis = self._axis(peer, self.up.rank)
@@ -91,7 +92,7 @@ class Channels:
         return PendingReceive(work, buffer, self.device)
 
     def broadcast(self, x: Tensor, source: int) -> Tensor:
-        """Give every rank of the pipeline the tensor of rank `source`, in place. Collective."""
+        """Copy the tensor of pipeline rank `source` to `x` on every pipeline rank, and return `x`. Collective."""
         if self.up.size == 1:
             return x
         host = x.to(self.memory)
@@ -99,7 +100,7 @@ class Channels:
         return x.copy_(host)
 
     def wait_send(self, number: int) -> None:
-        """Wait until a send is done, and let go of its tensor. At once for one that was not sent."""
+        """Wait until a send is complete, and free its tensor. Return at once if there is no such send."""
         if number in self._sending:
             self._sending.pop(number)[0].wait()
 
