@@ -43,6 +43,7 @@ class Case:
     dp: int = 1
     tp: int = 1
     pp: int = 1
+    cp: int = 1
     micro_batches: int = 1  # of each data-parallel rank in a step
     sequence_parallel: bool = False
     threads: int = 1  # of each rank, on a CPU
@@ -51,7 +52,7 @@ class Case:
     @property
     def ranks(self) -> int:
         """Number of processes."""
-        return self.dp * self.tp * self.pp
+        return self.dp * self.cp * self.tp * self.pp
 
     @property
     def tokens_per_step(self) -> int:
@@ -66,9 +67,11 @@ GPU = ("ours", "transformers")
 CASES = {
     "small": Case("4 layers, width 256, fp32, 2 threads", SMALL, ONE, threads=2),
     "gpt2": Case("GPT-2 small, sequence 512, fp32, 2 threads", Dims(12, 768, 12, 512, 50257, 2), ONE, threads=2, steps=1),
-    "dp2": Case("2 data-parallel ranks", SMALL, ("ours", "transformers-ddp", "ours-ddp"), dp=2),
-    "tp2": Case("2 tensor-parallel ranks", SMALL, ("ours", "dtensor"), tp=2),
-    "tp2-sp": Case("2 tensor- and sequence-parallel ranks", SMALL, ("ours", "dtensor"), tp=2, sequence_parallel=True),
+    "dp2": Case("2 data-parallel ranks", SMALL, ("ours", "ours-gloo", "transformers-ddp", "ours-ddp"), dp=2),
+    "tp2": Case("2 tensor-parallel ranks", SMALL, ("ours", "ours-gloo", "dtensor"), tp=2),
+    "tp2-sp": Case(
+        "2 tensor- and sequence-parallel ranks", SMALL, ("ours", "ours-gloo", "dtensor"), tp=2, sequence_parallel=True
+    ),
     "gpu-gpt2": Case("GPT-2 small, bf16", Dims(12, 768, 12, 1024, 50257, 32), GPU, device="cuda", steps=20),
     "gpu-345m": Case("GPT-2 345M, bf16", Dims(24, 1024, 16, 1024, 50257, 16), GPU, device="cuda", steps=10),
     "gpu-1.2b": Case("GPT 1.2B, bf16", Dims(40, 1536, 16, 1024, 50257, 8), GPU, device="cuda", steps=5),

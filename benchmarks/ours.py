@@ -67,12 +67,14 @@ class Options:
         fusion: weight gradients are added within their products; only in layers that are not compiled.
         kernel: --adam-kernel.
         bf16_gradients: gradients are accumulated and reduced in bf16 on a GPU.
+        shared_memory: CPU ranks of one host talk through shared memory, not gloo.
     """
 
     eager: bool = False
     fusion: bool = True
     kernel: str = "fused"
     bf16_gradients: bool = False
+    shared_memory: bool = True
 
 
 DEFAULT = Options()
@@ -100,6 +102,8 @@ def build_config(case: Case, schedule: str | None = None, options: Options = DEF
         layout=LayoutSettings(
             tensor_model_parallel_size=case.tp,
             sequence_parallel=case.sequence_parallel,
+            context_parallel_size=case.cp,
+            shared_memory=options.shared_memory,
             pipeline_model_parallel_size=case.pp,
             pipeline_schedule=schedule,
         ),

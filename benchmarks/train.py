@@ -30,7 +30,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import baselines
 import ours
@@ -46,6 +46,7 @@ CONTENDERS: dict[str, baselines.Contender] = {
     "ours-eager-unfused": partial(ours.ours, options=ours.Options(eager=True, fusion=False)),
     "ours-foreach": partial(ours.ours, options=ours.Options(kernel="foreach")),
     "ours-bf16-grads": partial(ours.ours, options=ours.Options(bf16_gradients=True)),
+    "ours-gloo": partial(ours.ours, options=ours.Options(shared_memory=False)),
     "ours-ddp": ours.ours_in_ddp,
     "transformers-stock": baselines.transformers_stock,
     "transformers": baselines.transformers,
@@ -69,6 +70,8 @@ class Answer:
     loss: float = 0.0
     error: str = ""
 
+
+C = TypeVar("C")  # a kind of case, a dataclass
 
 WARM_UP, TRAIN = "warm up", "train"  # what a contender is told
 Turns = Callable[[str], Answer]
@@ -308,9 +311,9 @@ def main() -> int:
 
 
 def measure(
-    cases: Mapping[str, Case],
+    cases: Mapping[str, C],
     arguments: argparse.Namespace,
-    take: Callable[[Case, int], dict[str, Any]],
+    take: Callable[[C, int], dict[str, Any]],
     shown: Callable[[dict[str, Any]], str],
 ) -> int:
     """Measure cases one after the other, and print each.

@@ -74,6 +74,11 @@ class LayoutSettings:
     distributed_backend: str | None = option(
         None, "communication backend (default: nccl with one GPU per rank, else gloo)", choices=("nccl", "gloo")
     )
+    shared_memory: bool = option(
+        True,
+        "shared memory between the CPU ranks of one host, so that all collectives go through gloo",
+        off_flag="--no-shared-memory",
+    )
     distributed_timeout_minutes: float = option(10.0, "minutes after which a collective counts as failed", legal=POSITIVE)
     hang_timeout_seconds: float = option(
         20.0,

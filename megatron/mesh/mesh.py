@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
@@ -14,6 +14,8 @@ from megatron.launch.device import describe_ranks
 from megatron.launch.errors import JobError
 from megatron.launch.watchdog import Watchdog
 from megatron.mesh.grid import MESH_AXES, Grid
+from megatron.mesh.shared_collectives import SharedGroup
+from megatron.mesh.shared_opening import open_shared_groups
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Axis:
         rank: number of this rank within the group.
         ranks: global ranks of the group, in its order.
         group: the process group; None if this rank is alone, or there is no job.
+        shared: the same ranks in memory that they share; None if they are not on one host, or have GPUs.
     """
 
     name: str
@@ -33,6 +36,7 @@ class Axis:
     rank: int
     ranks: tuple[int, ...]
     group: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
+    shared: SharedGroup | None = field(default=None, repr=False, compare=False)
 
     @property
     def first(self) -> bool:
@@ -73,6 +77,7 @@ class Mesh:
         timeout: timedelta | None = None,
         ends: tuple[int, int] = (0, -1),
         watch: Watchdog | None = None,
+        shared_memory: bool = True,
     ) -> Mesh:
         """Open the process groups of this rank's axes. Collective: every rank calls this.
 
@@ -82,6 +87,7 @@ class Mesh:
             timeout: the timeout of a collective; None for torch's default.
             ends: the pipeline ranks with the first and the last stage.
             watch: the watchdog, to which the phases are reported; None reports nothing.
+            shared_memory: use shared memory between CPU ranks of one host, if the machine can.
 
         Raises:
             ValueError: the job has another number of ranks than the grid.
@@ -118,8 +124,11 @@ class Mesh:
             watch.doing(f"opening the communicator {name} of {describe_ranks(ranks)}")
             with naming_communicator(name, ranks, rank):
                 _open_communicator(shared[ranks])
+        if shared_memory:
+            watch.doing("opening the memory that ranks of one host share")
+        in_memory = open_shared_groups(list(shared), rank, timeout) if shared_memory else {}
         watch.idle()
-        return cls(grid, rank, **axes)
+        return cls(grid, rank, **{name: replace(axis, shared=in_memory.get(axis.ranks)) for name, axis in axes.items()})
 
     @classmethod
     def single(cls) -> Mesh:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.mesh.mesh import Axis
+from megatron.mesh.shared_collectives import SharedGroup
 
 # torch 2.13 renamed these two; 2.11 and 2.12 only know the older names.
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -46,10 +47,17 @@ def _needs_host(x: Tensor, axis: Axis) -> bool:
     return x.is_cuda and dist.get_backend(axis.group) == "gloo"
 
 
+def _shared(x: Tensor, axis: Axis) -> SharedGroup | None:
+    """Return the group in shared memory that `x` can go through; None where that is not there, or `x` is on a GPU."""
+    return None if x.is_cuda else axis.shared
+
+
 def all_reduce_async(x: Tensor, axis: Axis) -> CollectiveWork:
     """Start to sum `x` `[...]` over the axis, in place; the result is `x`."""
     if axis.size == 1:
         return CollectiveWork(None, lambda: x)
+    if shared := _shared(x, axis):
+        return CollectiveWork(shared.all_reduce(x), lambda: x)
     if _needs_host(x, axis):
         host = x.cpu()  # [...]
         dist.all_reduce(host, group=axis.group)
@@ -64,6 +72,8 @@ def all_gather_async(x: Tensor, axis: Axis) -> CollectiveWork:
     device = x.device
     x = x.cpu() if _needs_host(x, axis) else x.contiguous()
     whole = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))  # [m * n, ...]
+    if shared := _shared(x, axis):
+        return CollectiveWork(shared.all_gather(x, whole), lambda: whole)
     work = _gather_into(whole, x, group=axis.group, async_op=True)
     return CollectiveWork(work, lambda: whole.to(device))
 
@@ -75,6 +85,8 @@ def reduce_scatter_async(x: Tensor, axis: Axis) -> CollectiveWork:
     device = x.device
     x = x.cpu() if _needs_host(x, axis) else x.contiguous()
     share = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))  # [m, ...]
+    if shared := _shared(x, axis):
+        return CollectiveWork(shared.reduce_scatter(x, share), lambda: share)
     work = _reduce_scatter_into(share, x, group=axis.group, async_op=True)
     return CollectiveWork(work, lambda: share.to(device))
 
@@ -83,6 +95,8 @@ def reduce_slices_async(x: Tensor, axis: Axis) -> CollectiveWork:
     """Start to sum `x` `[m * n]` over the axis, in place: only this rank's share `[m]` holds the sum, the rest is undefined."""
     if axis.size == 1:
         return CollectiveWork(None, lambda: x)
+    if shared := _shared(x, axis):
+        return CollectiveWork(shared.reduce_scatter(x, own_slice(x, axis)), lambda: x)
     if _needs_host(x, axis):
         return all_reduce_async(x, axis)
     if dist.get_backend(axis.group) == "gloo":  # its reduce-scatter is an all-reduce of a copy
@@ -98,6 +112,8 @@ def gather_slices_async(x: Tensor, axis: Axis) -> CollectiveWork:
     """Start to fill `x` `[m * n]` from the ranks' shares of it, in place; the reverse of `reduce_slices_async`."""
     if axis.size == 1:
         return CollectiveWork(None, lambda: x)
+    if shared := _shared(x, axis):
+        return CollectiveWork(shared.all_gather(own_slice(x, axis), x), lambda: x)
     if _needs_host(x, axis):
         gathering = all_gather_async(own_slice(x, axis), axis)  # [m] -> [m * n]
         return CollectiveWork(None, lambda: x.copy_(gathering.wait()))
@@ -127,6 +143,8 @@ def ring_shift_async(x: Tensor, axis: Axis) -> CollectiveWork:
     device = x.device
     x = x.cpu() if _needs_host(x, axis) else x.contiguous()
     received = torch.empty_like(x)  # [...]
+    if shared := _shared(x, axis):
+        return CollectiveWork(shared.ring_shift(x, received), lambda: received)
     following, previous = axis.ranks[(axis.rank + 1) % axis.size], axis.ranks[axis.rank - 1]
     # As one batch: where transfers run in order, all ranks could otherwise wait in a send with no receive posted.
     transfers = [dist.P2POp(dist.isend, x, following, axis.group), dist.P2POp(dist.irecv, received, previous, axis.group)]
@@ -143,7 +161,9 @@ def all_reduce(x: Tensor, axis: Axis, op: str = "sum") -> Tensor:
     """
     if op == "sum":
         return all_reduce_async(x, axis).wait()
-    if axis.size > 1:
+    if shared := _shared(x, axis):
+        shared.all_reduce(x, torch.maximum).wait()
+    elif axis.size > 1:
         host = x.cpu() if _needs_host(x, axis) else x
         dist.all_reduce(host, op=dist.ReduceOp.MAX, group=axis.group)
         if host is not x:

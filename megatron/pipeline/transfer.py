@@ -74,7 +74,10 @@ class Channels:
             del self._sending[done]
         x = x.to(self.memory).contiguous()  # [seq, batch, hidden]; gloo sends from host memory
         axis = self._axis(self.up.rank, peer)
-        self._sending[number] = dist.isend(x, axis.ranks[peer], group=axis.group, tag=number), x
+        if axis.shared is not None:
+            self._sending[number] = axis.shared.send(x, peer), x
+        else:
+            self._sending[number] = dist.isend(x, axis.ranks[peer], group=axis.group, tag=number), x
 
     def receive(self, shape: tuple[int, ...], dtype: torch.dtype, peer: int, number: int) -> PendingReceive:
         """Start to receive, and return at once.
@@ -87,6 +90,8 @@ class Channels:
         """
         buffer = torch.empty(shape, dtype=dtype, device=self.memory)
         axis = self._axis(peer, self.up.rank)
+        if axis.shared is not None:
+            return PendingReceive(axis.shared.receive(buffer, peer), buffer, self.device)
         # Backends that match by order take no notice of the tag; gloo matches by it.
         work = dist.irecv(buffer, axis.ranks[peer], group=axis.group, tag=number)
         return PendingReceive(work, buffer, self.device)
@@ -96,7 +101,10 @@ class Channels:
         if self.up.size == 1:
             return x
         host = x.to(self.memory)
-        dist.broadcast(host, self.up.ranks[source], group=self.up.group)
+        if self.up.shared is not None:
+            self.up.shared.broadcast(host, source).wait()
+        else:
+            dist.broadcast(host, self.up.ranks[source], group=self.up.group)
         return x.copy_(host)
 
     def wait_send(self, number: int) -> None:

@@ -32,6 +32,11 @@ class StagePlan:
     parts: tuple[StagePart, ...]
     chunks: int
 
+    @property
+    def ends(self) -> tuple[int, int]:
+        """The pipeline ranks of the first and of the last stage."""
+        return self.placement[0], self.placement[-1]
+
     def stages_on(self, rank: int) -> tuple[int, ...]:
         """Return the numbers of the stages on pipeline rank `rank`, ascending."""
         return tuple(stage for stage, owner in enumerate(self.placement) if owner == rank)

@@ -88,7 +88,8 @@ def evaluate_pretrained(config: RunConfig, job: Job) -> int:
         source = find_source(config.checkpoint)
         print_lines(stream, *source.lines, job.describe())
         grid = Grid.from_layout(config.layout, job.env.world_size)
-        mesh = Mesh.build(grid, job.env.rank, job.timeout, watch=job.watch)
+        shares = config.layout.shared_memory
+        mesh = Mesh.build(grid, job.env.rank, job.timeout, watch=job.watch, shared_memory=shares)
         job.watch.waiting("loading the checkpoint")
         # Without a 16-bit precision in the command, the model has the dtype of the checkpoint.
         dtype = Precision.from_config(config.precision).compute if config.precision.is_16bit else None

@@ -86,7 +86,7 @@ def build_run(config: RunConfig, job: Job, *, schedule: LRSchedule | None = None
         schedule: the schedule of a resumed run; None to build that of the configuration.
     """
     plan, grid = plan_stages(config), Grid.from_layout(config.layout, job.env.world_size)
-    mesh = Mesh.build(grid, job.env.rank, job.timeout, (plan.placement[0], plan.placement[-1]), job.watch)
+    mesh = Mesh.build(grid, job.env.rank, job.timeout, plan.ends, job.watch, config.layout.shared_memory)
     job.watch.waiting("building the model")
     schedule = schedule or LRSchedule.from_config(config.optim, config.batch)
     stages = build_model(config, plan, mesh, job.device)
