@@ -1,6 +1,6 @@
-"""Read requests and write replies of OpenAI's chat completions API.
+"""Parse requests and build replies of OpenAI's chat completions API.
 
-Its reference is https://platform.openai.com/docs/api-reference/chat.
+The reference is https://platform.openai.com/docs/api-reference/chat.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from megatron.serving.task import MAX_PROMPTS, GenerationTask
 
 MAX_ALTERNATIVES = 20
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
-TEXTS = ("name", "tool_call_id", "reasoning_content")  # fields of a message beside role and content
-EMPTY = ("refusal", "annotations", "audio", "function_call")  # fields of replies that clients send back, without content
+TEXTS = ("name", "tool_call_id", "reasoning_content")  # further fields of a message, whose values are strings
+EMPTY = ("refusal", "annotations", "audio", "function_call")  # fields of replies that clients send back; accepted if empty
 NOT_OFFERED: tuple[tuple[str, Any], ...] = (
     *NEUTRAL,
     ("tools", []),
@@ -44,7 +44,7 @@ def read_messages(fields: Fields) -> list[dict[str, Any]]:
 
 
 def _message(given: Any, where: str) -> dict[str, Any]:
-    """Return one message for the chat template. where: names it in an error."""
+    """Return one message for the chat template. `where` is its path for error messages: `messages[0]`."""
     if not isinstance(given, dict):
         raise RequestError(f"{where} must be an object with role and content", "messages")
     message = {name: value for name, value in given.items() if value is not None and not (name in EMPTY and not value)}
@@ -64,12 +64,12 @@ def _message(given: Any, where: str) -> dict[str, Any]:
     elif not (role == "assistant" and calls):
         raise RequestError(f"{where}.content must be given, as a string or a list of parts of type text", "messages")
     # Some templates use the older name of `reasoning_content`.
-    older = {"thinking": message["reasoning_content"]} if "reasoning_content" in message else {}
-    return {**older, **message, "role": ROLES[role]}
+    alias = {"thinking": message["reasoning_content"]} if "reasoning_content" in message else {}
+    return {**alias, **message, "role": ROLES[role]}
 
 
 def _content(given: Any, where: str) -> str:
-    """Return a string as it is, or the texts of a list of parts, joined by line breaks."""
+    """Return the content as text: a string unchanged, or the texts of a list of parts, joined by newlines."""
     if isinstance(given, str):
         return given
     if not isinstance(given, list):
@@ -101,14 +101,14 @@ class ChatRequest(OpenAIRequest):
         ends: Sequence[int],
         max_tokens_total: int,
     ) -> ChatRequest:
-        """Read a request; RequestError for the first invalid field.
+        """Parse a request; RequestError for the first invalid field.
 
         Args:
             fields: the fields of the request.
-            prompt: the tokens of its messages.
-            served: the model, whose sequence length limits a reply without a given length.
-            model: the model's name for clients.
-            ends: tokens that end a reply.
+            prompt: the tokens of the rendered messages.
+            served: the model; its sequence length limits a reply if the request does not.
+            model: the name by which clients know the model.
+            ends: ids of the tokens that end a reply.
             max_tokens_total: maximum number of tokens of a request, prompts and replies together.
         """
         samples = fields.integer("n", 1, 1, MAX_PROMPTS)
@@ -125,31 +125,36 @@ class ChatRequest(OpenAIRequest):
         return cls(task, samples, stream, usage, model, f"chatcmpl-{secrets.token_hex(12)}", int(time.time()))
 
     def full_reply(self, completions: Sequence[CompletionText]) -> dict[str, Any]:
-        """Return the reply to a request without streaming."""
+        """Return the reply's body if it is not streamed."""
         choices = []
         for i, completion in enumerate(completions):
             text, log_probs = completion.show()
             message = {"role": "assistant", "content": text, "refusal": None}
-            about = {"index": i, "message": message, "logprobs": _log_probs(log_probs), "finish_reason": completion.end or None}
-            choices.append(about)
+            choice = {
+                "index": i,
+                "message": message,
+                "logprobs": _log_probs(log_probs),
+                "finish_reason": completion.end or None,
+            }
+            choices.append(choice)
         return self._body("chat.completion", choices, usage=count_usage(completions, self.samples))
 
     def first_chunks(self) -> list[dict[str, Any]]:
-        """Return the chunks of a stream before the first text."""
+        """Return the chunks of a stream that precede the first text."""
         return [self._chunk(i, {"role": "assistant", "content": ""}) for i in range(self.samples)]
 
     def chunks(self, index: int, completion: CompletionText) -> list[dict[str, Any]]:
-        """Return the chunks of a stream for the new part of a reply; its end is a chunk of its own."""
+        """Return the chunks of a stream with the new part of a completion; the reason of its end is a separate chunk."""
         text, log_probs = completion.show()
-        found = []
+        chunks = []
         if text or (log_probs and log_probs["tokens"]):
-            found.append(self._chunk(index, {"content": text}, log_probs=_log_probs(log_probs)))
+            chunks.append(self._chunk(index, {"content": text}, log_probs=_log_probs(log_probs)))
         if completion.end:
-            found.append(self._chunk(index, {}, end=completion.end))
-        return found
+            chunks.append(self._chunk(index, {}, end=completion.end))
+        return chunks
 
     def last_chunks(self, completions: Sequence[CompletionText]) -> list[dict[str, Any]]:
-        """Return the chunks of a stream after the last text."""
+        """Return the chunks of a stream that follow the last text: the token counts, if requested."""
         return [self._body("chat.completion.chunk", [], usage=count_usage(completions, self.samples))] if self.usage else []
 
     def _chunk(
@@ -158,41 +163,41 @@ class ChatRequest(OpenAIRequest):
         choice = {"index": index, "delta": delta, "logprobs": log_probs, "finish_reason": end}
         return self._body("chat.completion.chunk", [choice], **({"usage": None} if self.usage else {}))
 
-    def _body(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        about = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-        return {**about, "choices": choices, **more}
+    def _body(self, kind: str, choices: list[dict[str, Any]], **usage: Any) -> dict[str, Any]:
+        header = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        return {**header, "choices": choices, **usage}
 
 
 def _length(fields: Fields, prompt: Sequence[int], served: Predictor, max_tokens_total: int) -> int:
-    """Return the maximum number of tokens of a reply: as requested, else as many as the model and the server allow."""
-    given = {name: fields.integer(name, 1, 1) for name in LIMITS if name in fields.values}
-    if len(set(given.values())) > 1:
+    """Return the maximum number of tokens of a reply: as requested, or else as many as the model and the server allow."""
+    requested = {name: fields.integer(name, 1, 1) for name in LIMITS if name in fields.values}
+    if len(set(requested.values())) > 1:
         raise RequestError("max_tokens is the older name of max_completion_tokens, and they differ: give one", "max_tokens")
-    if given:
-        return next(iter(given.values()))
-    longest = served.config.max_position_embeddings  # the length that it was trained on, also with rotary positions
+    if requested:
+        return next(iter(requested.values()))
+    longest = served.config.max_position_embeddings  # the training length, for rotary positions as well
     if longest is not None and longest > len(prompt):
         max_tokens_total = min(max_tokens_total, longest)
     return max(1, max_tokens_total - len(prompt))
 
 
 def _alternatives(fields: Fields) -> int | None:
-    """Return how many alternatives are returned for each token; None without log-probabilities."""
-    wanted, top = fields.boolean("logprobs"), fields.integer("top_logprobs", 0, 0, MAX_ALTERNATIVES)
-    if "top_logprobs" in fields.values and not wanted:
+    """Return the number of alternatives per token in the reply; None if it has no log-probabilities."""
+    with_log_probs, top = fields.boolean("logprobs"), fields.integer("top_logprobs", 0, 0, MAX_ALTERNATIVES)
+    if "top_logprobs" in fields.values and not with_log_probs:
         raise RequestError("top_logprobs needs logprobs true", "top_logprobs")
-    return top if wanted else None
+    return top if with_log_probs else None
 
 
-def _log_probs(found: dict[str, list[Any]] | None) -> dict[str, Any] | None:
-    """Return log-probabilities in the form of the chat API."""
-    if found is None:
+def _log_probs(columns: dict[str, list[Any]] | None) -> dict[str, Any] | None:
+    """Convert log-probabilities from the form of the completions API to that of the chat API."""
+    if columns is None:
         return None
 
     def entry(token: str, log_prob: float | None) -> dict[str, Any]:
         return {"token": token, "logprob": log_prob, "bytes": list(token.encode())}
 
-    rows = zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True)
+    rows = zip(columns["tokens"], columns["token_logprobs"], columns["top_logprobs"], strict=True)
     content = [
         {**entry(token, own), "top_logprobs": [entry(*best) for best in sorted((top or {}).items(), key=lambda e: -e[1])]}
         for token, own, top in rows

@@ -1,4 +1,4 @@
-"""Collect the updates of a completion, and return the parts of its text that can be sent to the client."""
+"""Collect the tokens of a completion, and return the parts of its text that can already be sent to the client."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class CompletionText:
     Attributes:
         tokens: the tokens of the prompt and the generated ones.
         start: number of tokens of the prompt.
-        scores: scores of the tokens, from the second one on.
-        end: `stop` or `length` when the text has ended; otherwise empty.
+        scores: log-probabilities of the tokens, from the second one on.
+        end: `stop` or `length` when the text has ended; before that empty.
     """
 
     def __init__(self, task: GenerationTask, prompt: Sequence[int], tokenizer: Tokenizer, *, echo: bool = False) -> None:
@@ -29,8 +29,8 @@ class CompletionText:
         self._task, self._tokenizer = task, tokenizer
         self._scan: StopScan | None = None
         self._first = 0 if echo else self.start
-        self._text = self._places = 0  # numbers of characters and tokens that have been returned by `show`
-        self._offsets, self._width = list[int](), 0  # position of each token's text, and of the next token's
+        self._sent_characters = self._sent_tokens = 0  # numbers that `show` has returned
+        self._offsets, self._next_offset = list[int](), 0  # position in the text of each token, and of the next one
 
     def add(self, update: TextUpdate) -> None:
         """Add the tokens and scores of an update of the engine."""
@@ -55,21 +55,21 @@ class CompletionText:
         written = added_text(self._tokenizer, tokens, self.start)
         shown = self._certain(written)
         whole = prompt + shown
-        text, self._text = whole[self._text :], max(self._text, len(whole))
+        text, self._sent_characters = whole[self._sent_characters :], max(self._sent_characters, len(whole))
         if self._task.top is None:
             return text, None
-        # Only new tokens are measured, since the text of a token depends only on those before it.
+        # Only new tokens are decoded, since the text of a token depends only on those before it.
         for place in range(self._first + len(self._offsets), len(self.tokens)):
-            self._offsets.append(self._width)
-            self._width += token_width(self._tokenizer, self.tokens, place)
-        # At the end all tokens are returned, even those without text; before it, those whose text is returned.
-        everything = bool(self.end) and shown == written
-        until = len(self._offsets) if everything else bisect_left(self._offsets, len(whole))
-        places, self._places = range(self._places, until), max(self._places, until)
+            self._offsets.append(self._next_offset)
+            self._next_offset += token_width(self._tokenizer, self.tokens, place)
+        # After the end, all tokens are returned, even those without text; before it, those whose text is returned.
+        is_complete = bool(self.end) and shown == written
+        until = len(self._offsets) if is_complete else bisect_left(self._offsets, len(whole))
+        places, self._sent_tokens = range(self._sent_tokens, until), max(self._sent_tokens, until)
         return text, self._log_probs(places)
 
     def _certain(self, written: str) -> str:
-        """Return the part of the generated text that cannot change any more, up to a stop text or the beginning of one."""
+        """Return the part of the generated text that later tokens cannot change, up to a stop text or what may begin one."""
         # The last character may be incomplete.
         certain = written if self.end else written.rstrip(REPLACEMENT_CHARACTER)
         if not self._task.stop_texts:
@@ -79,7 +79,7 @@ class CompletionText:
         self._scan.read(certain)
         if self._scan.found is not None:
             return certain[: self._scan.found]
-        # The possible beginning of a stop text is held back until the next tokens decide.
+        # A possible beginning of a stop text is held back until later tokens decide whether it is one.
         return certain if self.end else certain[: len(certain) - self._scan.num_pending]
 
     def _log_probs(self, places: range) -> dict[str, list[Any]]:
@@ -94,5 +94,5 @@ class CompletionText:
         }
 
     def _best(self, score: TokenScore) -> dict[str, float]:
-        """Return the log-probabilities of the most probable tokens, by their text; of equal texts, the most probable counts."""
+        """Return the log-probabilities of the most probable tokens by text; for equal texts, the highest one."""
         return {token_text(self._tokenizer, token): log_prob for token, log_prob in reversed(score.top)}

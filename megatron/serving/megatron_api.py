@@ -1,4 +1,4 @@
-"""Read Megatron-LM's request `PUT /api`, with its fields, limits and defaults, and write its reply."""
+"""Parse requests `PUT /api` with Megatron-LM's fields, limits and defaults, and build their replies."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from megatron.serving.fields import Fields, RequestError
 from megatron.serving.task import MAX_PROMPTS, GenerationTask
 from megatron.serving.waiting import TaskResult
 
-# Fields of older versions and their present names; the server of Megatron-LM refuses the old names, too.
-REPLACED = (("max_len", "tokens_to_generate"), ("sentences", "prompts"))
+# Old and current names of fields; like Megatron-LM's server, this one refuses the old names.
+RENAMED = (("max_len", "tokens_to_generate"), ("sentences", "prompts"))
 SAMPLING = ("temperature", "top_k", "top_p", "top_p_decay", "top_p_bound", "random_seed")
 STOPS = ("stop_on_double_eol", "stop_on_eol", "prevent_newline_after_colon")
 BEAMS = ("beam_width", "stop_token", "length_penalty")
@@ -25,7 +25,7 @@ KNOWN = frozenset(("prompts", "tokens_to_generate", "logprobs", "add_BOS", "no_l
 
 def read_task(fields: Fields, tokenizer: Tokenizer) -> GenerationTask:
     """Return the task of a request; RequestError for the first invalid field."""
-    for old, new in REPLACED:
+    for old, new in RENAMED:
         if old in fields.values:
             raise RequestError(f"{old} is no longer a field: use {new}", old)
     fields.only(KNOWN)
@@ -48,7 +48,7 @@ def read_task(fields: Fields, tokenizer: Tokenizer) -> GenerationTask:
 
 
 def _prompts(fields: Fields, begin: bool, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
-    """Return the prompts as tokens. begin: put the token that ends documents before each, as between two documents."""
+    """Return the prompts as tokens. `begin` puts the end-of-document token before each, as between documents in training."""
     prompts = fields.values.get("prompts")
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
         raise RequestError("prompts must be given, as a list of strings", "prompts")
@@ -86,19 +86,19 @@ def _beam(fields: Fields, tokenizer: Tokenizer, prompts: int, count: int) -> Bea
 
 
 def _stop_runs(fields: Fields, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
-    """Return the token sequences that end a text: the end of a document, and if requested that of a line or paragraph."""
+    """Return the token sequences that end a text: the end-of-document token and, if requested, a line or paragraph break."""
     runs: list[tuple[int, ...]] = [(tokenizer.special["eod"],)] if "eod" in tokenizer.special else []
     line, double = fields.boolean("stop_on_eol"), fields.boolean("stop_on_double_eol")
     if line or double:
-        newline, paragraph = _inside("\n", tokenizer), _inside("\n\n", tokenizer)
-        # Some tokenizers have a token for two newlines, others use that of one newline twice.
+        newline, paragraph = _tokenize_inside("\n", tokenizer), _tokenize_inside("\n\n", tokenizer)
+        # Some tokenizers have a token for two newlines, others use the newline token twice.
         runs += [paragraph, newline] if line else [paragraph, newline * 2]
     return tuple(dict.fromkeys(run for run in runs if run))
 
 
-def _inside(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Return the tokens of `text` in the middle of a text, since some tokenizers add a space at the beginning."""
-    # The tokens by which "x" followed by the text is longer than "x".
+def _tokenize_inside(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the tokens of a text that follows another one, without the space that some tokenizers add at the beginning."""
+    # These are the tokens of "x" + text without those of "x".
     before, whole = tokenizer.tokenize("x"), tokenizer.tokenize("x" + text)
     return tuple(whole[len(before) :] if whole[: len(before)] == before else tokenizer.tokenize(text))
 
@@ -107,7 +107,7 @@ def _banned_after(fields: Fields, tokenizer: Tokenizer) -> tuple[tuple[int, int]
     """Return the pair of colon and newline, if the request forbids a newline after a colon."""
     if not fields.boolean("prevent_newline_after_colon"):
         return ()
-    colon, newline = _inside(":", tokenizer), _inside("\n", tokenizer)
+    colon, newline = _tokenize_inside(":", tokenizer), _tokenize_inside("\n", tokenizer)
     return ((colon[-1], newline[0]),) if colon and newline else ()
 
 
@@ -118,16 +118,16 @@ def reply(
 
     Args:
         task: the task of the request.
-        completions: its complete texts.
-        done: its result.
+        completions: the complete texts.
+        done: the task's result.
         tokenizer: the model's tokenizer.
     """
     if task.beam is not None:
         rows = [[*task.prompts[0], *beam.tokens] for beam in done.beams]
-        answer: dict[str, Any] = {"scores": [beam.score for beam in done.beams]}
+        body: dict[str, Any] = {"scores": [beam.score for beam in done.beams]}
     else:
         rows = [completion.tokens for completion in completions]
         scored = [[score.log_prob for score in completion.scores] for completion in completions]
-        answer = {"logprobs": None if task.top is None else scored}
+        body = {"logprobs": None if task.top is None else scored}
     segments = [[token_text(tokenizer, token) for token in row] for row in rows]
-    return {"text": [tokenizer.detokenize(row) for row in rows], "segments": segments, **answer}
+    return {"text": [tokenizer.detokenize(row) for row in rows], "segments": segments, **body}

@@ -162,7 +162,7 @@ def test_every_token_that_the_files_name_ends_a_reply(tmp_path, model) -> None:
         ({"logprobs": 1}, "logprobs", "must be true or false"),
         ({"tools": [{"type": "function"}]}, "tools", "tools is not offered"),
         ({"response_format": {"type": "json_object"}}, "response_format", "not offered"),
-        ({"stream_options": {"include_usage": True}}, "stream_options", "is for streams"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "applies only to streams"),
         ({"prompt": "x"}, "prompt", "prompt is not a field"),
         ({"metadata": 1}, "metadata", "must be an object"),
         ({"max_tokens": 20_000}, None, "allows 12000"),
