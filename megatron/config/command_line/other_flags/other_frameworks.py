@@ -1,7 +1,7 @@
 """Table of the flags of nanoGPT, Transformers, torchtitan, LitGPT, DeepSpeed and NeMo, and of what to use here instead.
 
 The names of flags have no leading dashes, and dashes in place of underscores. A name with a dot is first looked up as a whole,
-then without the part before its last dot: `training.seq-len` as `seq-len`.
+then without the part before its last dot: `training.seq_len` as `seq-len`.
 """
 
 from __future__ import annotations
