@@ -22,7 +22,7 @@ SIZES = (300, 3000, 80_000)  # the first two find what is worse than quadratic b
 SECONDS = 1.0  # of processor time for one input
 READ_BY = {"compile", "match", "search", "fullmatch", "split", "findall", "finditer", "sub", "subn"}
 # Expressions that are put together while the program runs, and one that stands for each.
-KNOWN_TOKENS = "'(' + '|'.join(map(re.escape, self._known)) + ')'"
+KNOWN_TOKENS = "'(' + '|'.join(map(re.escape, self._added)) + ')'"
 BUILT = {
     ("megatron/data/sentence_piece.py", KNOWN_TOKENS): r"(<CLS>|<EOD>|<extra_id_0>)",
     ("megatron/data/special_tokens.py", "'|'.join(map(re.escape, longest_first))"): r"<\|endoftext\|>|<\|im_end\|>|<EOD>",
