@@ -216,7 +216,7 @@ def _labels(head: str, tensors: Mapping[str, Tensor], hf_config: Mapping[str, An
 
 
 def class_names(hf_config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the names of the classes of a task's head, by default those of transformers, `LABEL_0`, `LABEL_1`, ..."""
+    """Return the names of the classes of a task's head, by default those of transformers: `LABEL_0` and so on."""
     named, count = hf_config.get("id2label"), hf_config.get("num_labels")
     if named is not None and (not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values())):
         raise CheckpointError("`id2label` of config.json is not an object of names")
