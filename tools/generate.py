@@ -110,6 +110,7 @@ def complete_prompts(
     """
     mesh = Mesh.build(grid, started.env.rank, started.timeout, watch=started.watch)
     opened = open_pipeline(args.load, mesh, iteration=args.load_iteration, device=device)
+    opened.model.pack_weights()
     completions = generate(
         opened,
         prompts,

@@ -41,6 +41,7 @@ with loading():
     from megatron.serving.engine import Engine
     from megatron.serving.server import log_line, open_port, require_packages, serve
 
+CACHED_REQUESTS = 2  # number of the largest requests for which the key-value caches have room at once
 INPUT_ERRORS = (CheckpointError, ConfigError, DataError, ValueError)  # bad input: reported in one line, without a traceback
 
 
@@ -142,7 +143,9 @@ def run_server(
     # Bind the port before the weights are read, which takes long, but after the ranks connect, so that an error ends all ranks.
     bound_socket = open_port(args.host, args.port) if started.is_main else None
     opened = open_pipeline(args.load, mesh, iteration=args.load_iteration, device=device)
-    engine = Engine(opened.model, text_tokenizer(opened), Control(mesh.world, started.timeout), started.watch)
+    opened.model.pack_weights()
+    control = Control(mesh.world, started.timeout)
+    engine = Engine(opened.model, text_tokenizer(opened), control, started.watch, CACHED_REQUESTS * args.max_tokens_to_oom)
     service = None
     if started.is_main:
         files = ChatFiles.from_directory(opened.directory / TOKENIZER, engine.tokenizer, template)

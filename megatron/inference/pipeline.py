@@ -12,10 +12,14 @@ from megatron.config.schema import ModelConfig
 from megatron.contract import Batch
 from megatron.inference.kv_cache import NewTokens, Pass
 from megatron.inference.prediction import Prediction, empty_prediction, predict
+from megatron.launch.memory import host_memory
 from megatron.mesh.mesh import Axis
 from megatron.model.gpt import GPT
 from megatron.model.task_heads import FineTuned
 from megatron.model.transformer import Transformer
+from megatron.parallel.linear import ColumnLinear, RowLinear
+from megatron.parallel.output import VocabOutput
+from megatron.parallel.packed import order_by_columns, pack_weight
 from megatron.pipeline.schedules.lower import channel_pairs
 from megatron.pipeline.transfer import Channels
 
@@ -46,6 +50,22 @@ class Pipeline:
         """Put all stages into evaluation mode, without dropout."""
         for stage in self.stages.values():
             stage.train(False)
+
+    def pack_weights(self) -> None:
+        """Arrange the weights of this rank's stages for generation on a CPU; on other devices do nothing.
+
+        They get a packed copy, unless the copies would take more than half of the free memory. Copies do not follow later
+        changes of the weights.
+        """
+        layers = [layer for stage in self.stages.values() for layer in stage.modules()]
+        linear = [layer.weight for layer in layers if isinstance(layer, ColumnLinear | RowLinear)]
+        weights = linear + [layer.matrix for layer in layers if isinstance(layer, VocabOutput)]
+        memory = host_memory()
+        if memory is not None and 2 * sum(weight.nbytes for weight in weights) < memory.free:
+            for weight in weights:
+                pack_weight(weight)
+        for weight in linear:
+            order_by_columns(weight)
 
     @torch.no_grad()
     def predict(self, pieces: Sequence[NewTokens], top: int = 0) -> Prediction:

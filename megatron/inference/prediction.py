@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,7 +41,10 @@ def predict(output: Callable[[Tensor], Tensor], x: Tensor, wanted: Pass, vocab: 
     """
     found = empty_prediction(wanted, vocab, top, x.device)
     if wanted.last:
-        found.logits.copy_(output(x if len(wanted.last) == len(x) else x[wanted.last])[:, 0])  # [texts, vocab]
+        logits = output(x if len(wanted.last) == len(x) else x[wanted.last])[:, 0]  # [texts, vocab]
+        found = replace(found, logits=logits)
+    if not wanted.scored:
+        return found
     places = torch.tensor(wanted.scored, dtype=torch.int64, device=x.device)  # [scored]
     following = wanted.batch.tokens[0][places + 1]  # [scored]
     piece = max(1, MAX_LOGITS // vocab)

@@ -144,8 +144,9 @@ def column_products(
     Returns:
         `[seq, ..., out / tp]` for each weight.
     """
-    if tp.size == 1:
-        return tuple(linear(x, w, b, store) for w, b in zip(weights, biases, strict=True))
+    if tp.size == 1 or not torch.is_grad_enabled():
+        whole = tp.join(x)  # [seq, ..., in]
+        return tuple(linear(whole, w, b, store) for w, b in zip(weights, biases, strict=True))
     arguments = (x, tp, store, len(weights), *weights, *biases)
     outputs: tuple[Tensor, ...] = _ColumnLinears.apply(*arguments)  # type: ignore[no-untyped-call]
     return outputs

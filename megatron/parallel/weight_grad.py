@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron.parallel.packed import packed_weight
 from megatron.parallel.spec import accumulate, run_grad_ready_hook
 
 
@@ -176,6 +177,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, store: WeightGradStor
     Returns:
         `[..., out]`.
     """
+    if (packed := packed_weight(x, weight)) is not None:
+        return packed.product(x, bias)  # [..., out]
     if store is None:
         return F.linear(x, weight, bias)  # [..., out]
     y: Tensor = _Linear.apply(x, weight, bias, store)  # type: ignore[no-untyped-call]  # [..., out]

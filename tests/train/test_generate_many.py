@@ -22,6 +22,7 @@ from megatron.inference.texts import GeneratedText
 from megatron.interop.hf_export import export_weights
 from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Mesh
+from megatron.parallel.packed import supports_packed_weights
 
 GREEDY, SAMPLED = Sampling(temperature=0.0), Sampling(0.8, 20, 0.9)
 PROMPTS = ([5, 99, 17, 3], [8], [40, 41, 42, 43, 44, 45, 46, 47, 1], [5, 99, 17, 3])
@@ -52,6 +53,17 @@ def test_each_text_of_a_batch_is_that_of_its_prompt_alone(form):
     for short, whole in zip(stopped, texts, strict=True):
         assert short.tokens == whole.tokens[: len(short.tokens)]
         assert stop not in short.tokens[short.start : -1] and (short.end == "stop" or stop not in whole.tokens[whole.start :])
+
+
+@pytest.mark.parametrize("form", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_weights_arranged_for_generation_change_no_text(form):
+    arranged = as_pipeline(build_random_gpt(form))
+    arranged.pack_weights()
+    for sampling in (GREEDY, SAMPLED):
+        expected = [text.tokens for text in together(build_random_gpt(form), sampling)]
+        assert [text.tokens for text in together(arranged, sampling)] == expected
+    qkv = arranged.stages[0].layers["0"].attention.qkv.weight
+    assert hasattr(qkv, "packed") == supports_packed_weights(torch.float32) and qkv.stride() == (1, qkv.shape[0])
 
 
 def test_sampled_texts_follow_from_the_seed_and_their_place():
