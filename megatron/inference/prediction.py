@@ -42,7 +42,7 @@ def predict(output: Callable[[Tensor], Tensor], x: Tensor, wanted: Pass, vocab: 
     found = empty_prediction(wanted, vocab, top, x.device)
     if wanted.last:
         logits = output(x if len(wanted.last) == len(x) else x[wanted.last])[:, 0]  # [texts, vocab]
-        found = replace(found, logits=logits)
+        found = replace(found, logits=logits.contiguous())  # without the padding between its rows, as it is broadcast
     if not wanted.scored:
         return found
     places = torch.tensor(wanted.scored, dtype=torch.int64, device=x.device)  # [scored]

@@ -60,8 +60,8 @@ def test_weights_arranged_for_generation_change_no_text(form):
     arranged = as_pipeline(build_random_gpt(form))
     arranged.pack_weights()
     for sampling in (GREEDY, SAMPLED):
-        expected = [text.tokens for text in together(build_random_gpt(form), sampling)]
-        assert [text.tokens for text in together(arranged, sampling)] == expected
+        expected = [text.tokens for text in generate_together(build_random_gpt(form), sampling)]
+        assert [text.tokens for text in generate_together(arranged, sampling)] == expected
     qkv = arranged.stages[0].layers["0"].attention.qkv.weight
     assert hasattr(qkv, "packed") == supports_packed_weights(torch.float32) and qkv.stride() == (1, qkv.shape[0])
 
