@@ -1,8 +1,8 @@
 """Encode the lines of a corpus as token ids, in this process or in worker processes.
 
 Workers encode blocks of lines, and the encoded blocks are returned in the order of the input. So the result does not depend on
-the number of workers, and memory use does not grow with the corpus. A long document is tokenized part by part, so that it takes
-little more memory than its line of JSON.
+the number of workers, and memory use does not grow with the corpus. Where the tokenizer allows a cut, a long text is tokenized
+part by part, and takes little more memory than its line of JSON; for other texts see `uncut_text_note` in `preprocess.py`.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class EncodedBlock:
 
 
 class UnreadableTexts(Exception):
-    """The tokenizer failed on some texts. reasons: the error for each, by the number of its document in the block."""
+    """The tokenizer failed on some texts. reasons: the error for each, by its index in the texts given to `Encoder.column`."""
 
     def __init__(self, reasons: Mapping[int, str]) -> None:
         super().__init__()
@@ -127,9 +127,11 @@ class Encoder:
         bad.append((str(error), line.text))
 
     def column(self, texts: Sequence[str]) -> TokenColumn:
-        """Encode the texts of one key. A document without tokens gets no sequence, no first token and no end-of-document token.
+        """Encode the texts of one key. A document without tokens gets no sequence, no BOS token and no EOD token.
 
-        Raises UnreadableTexts with all texts of the block on which the tokenizer fails.
+        Raises:
+            UnreadableTexts: with all texts of the block on which the tokenizer fails.
+            DataError: even with `skip_bad_lines`, if the tokenizer gives an id that exceeds its vocabulary.
         """
         try:
             return self._column(texts)

@@ -23,7 +23,7 @@ from megatron.files.outputs import InputPaths, check_file, files_in
 from megatron.files.pending import PendingFile, remove_leftovers
 
 BAD_LINES = ".bad.jsonl"
-MAX_QUIET_PART = 1 << 24  # length of a text, in characters, above which a note says that it was not cut
+UNCUT_NOTE_THRESHOLD = 1 << 24  # characters; `uncut_text_note` is printed if a longer text was tokenized at once
 
 
 @dataclass
@@ -69,11 +69,11 @@ def preprocess(
     settings: PreprocessConfig,
     workers: int = 1,
     on_progress: Callable[[PreprocessTotals], None] | None = None,
-    log: Callable[[str], object] = str,
+    log: Callable[[str], object] = lambda line: None,
 ) -> PreprocessTotals:
     """Write `PREFIX_KEY_document.bin/.idx` (or `_sentence`) for each key, with a sidecar that names the tokenizer.
 
-    If this fails or is interrupted, no files are left behind, and older outputs are not changed.
+    Older outputs are not changed before all input is encoded. Temporary files are removed, unless the process is killed.
 
     Args:
         inputs: names and globs of the input files.
@@ -81,11 +81,11 @@ def preprocess(
         settings: settings of preprocessing.
         workers: number of processes; the output does not depend on it.
         on_progress: called after each block.
-        log: called with each line of text about first tokens, end-of-document tokens and special tokens in texts.
+        log: called with each line of text about BOS tokens, EOD tokens and special tokens in texts.
 
     Raises:
         DataError: if the input is invalid, or has no tokens under one of the keys.
-        OutputError: if an output would replace an input or another kind of file.
+        OutputError: if an output is a directory, is a file that the command reads, or cannot be written.
     """
     check_keys(settings.keys)
     files = expand_globs(inputs)
@@ -106,7 +106,7 @@ def preprocess(
             for writer, column in zip(writers, encoded.columns, strict=True):
                 writer.add_documents(column.tokens, column.lengths, column.sequences)
             rejected.add(encoded.bad)
-            if encoded.longest_part > MAX_QUIET_PART >= totals.longest_part:
+            if encoded.longest_part > UNCUT_NOTE_THRESHOLD >= totals.longest_part:
                 print(f"note: {uncut_text_note(encoded.longest_part, tokenizer.kind)}", file=sys.stderr)
             totals.add(encoded)
             totals.seconds = time.monotonic() - start
@@ -129,20 +129,21 @@ def _named_files(tokenizer: TokenizerConfig) -> dict[str, str]:
 
 
 def _check_outputs(outputs: Iterable[str], inputs: Iterable[str], settings: PreprocessConfig) -> None:
-    """Raise an OutputError if an output would replace an input, a tokenizer's file, or a file of another kind."""
-    read_files = InputPaths([*inputs, *(file for path in _named_files(settings.tokenizer).values() for file in files_in(path))])
+    """Raise an OutputError if an output is a directory, an input or a tokenizer's file, or cannot be written."""
+    tokenizer_files = (file for path in _named_files(settings.tokenizer).values() for file in files_in(path))
+    input_files = InputPaths([*inputs, *tokenizer_files])
     for output in outputs:
-        check_file("--output-prefix", output, read_files)
+        check_file("--output-prefix", output, input_files)
 
 
 def _check_not_empty(
-    inputs: Sequence[str], settings: PreprocessConfig, totals: PreprocessTotals, tokens: Sequence[int]
+    inputs: Sequence[str], settings: PreprocessConfig, totals: PreprocessTotals, token_counts: Sequence[int]
 ) -> None:
     """Raise a DataError if there are no documents, or no tokens under one of the keys."""
     if not totals.documents:
         reason = f": all {totals.bad} lines are bad" if totals.bad else ""
         raise DataError(f"no documents in {', '.join(inputs)}{reason}")
-    for key, count in zip(settings.keys, tokens, strict=True):
+    for key, count in zip(settings.keys, token_counts, strict=True):
         if not count:
             problem = f"the texts under the key {key!r} of all {totals.documents} documents are empty"
             raise DataError(f"no tokens in {', '.join(inputs)}: {problem}; name another key with --json-keys, or other files")

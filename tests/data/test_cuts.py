@@ -287,7 +287,7 @@ def test_a_dataset_of_long_documents(
     (whole,) = preprocess([str(tmp_path / "c.jsonl")], str(tmp_path / "whole"), how).prefixes
     monkeypatch.setattr(cuts, "MAX_PART", 100)
     monkeypatch.setattr("megatron.data.encode.BATCH_CHARACTERS", 500)
-    monkeypatch.setattr("megatron.data.preprocess.MAX_QUIET_PART", 400)
+    monkeypatch.setattr("megatron.data.preprocess.UNCUT_NOTE_THRESHOLD", 400)
     totals = preprocess([str(tmp_path / "c.jsonl")], str(tmp_path / "cut"), how)
     assert capsys.readouterr().err.count("a text of 500 characters was tokenized at once") == 1
     assert (totals.empty, totals.longest_part) == (1 if not split else 2, 500)
