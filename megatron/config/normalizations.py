@@ -1,8 +1,9 @@
 """Table of the normalisation layers that a model can have, by the name of their class. Imports no torch.
 
-The class is a subclass of `torch.nn.Module` whose constructor takes a `ModelConfig` and a `TensorParallel`, like the classes of
-`megatron/model/norm.py`. It is imported when a model is built. It must create its parameters with `TensorParallel.parameter`,
-which records the properties that the computation of sizes, gradients, optimizer and checkpoints use.
+Each entry names a class, which is imported when a model is built: a subclass of `torch.nn.Module` like those of
+`megatron/model/norm.py`. Its constructor takes a `ModelConfig` and a `TensorParallel`. It must create parameters with
+`TensorParallel.parameter`, which records the properties that the computation of sizes, gradients, optimizer and checkpoints
+use.
 
 A package outside this one adds a normalisation by an entry point of the group `megatron.normalizations`, in its pyproject.toml:
 
@@ -33,7 +34,12 @@ NORMALIZATIONS: Mapping[str, EntryPoint] = with_installed(BUILT_IN, GROUP)
 
 
 def norm_class(normalization: str) -> Callable[..., Any]:
-    """Import and return the class of a normalisation. ValueError if it is unknown, or its entry point names no class."""
+    """Import and return the class of a normalisation.
+
+    Raises:
+        ValueError: the normalisation is unknown; or its entry point cannot be loaded or is not a class, and the text continues
+            a message that begins with the flag.
+    """
     if normalization not in NORMALIZATIONS:
         raise ValueError(f"unknown normalization {normalization}; known are {', '.join(NORMALIZATIONS)}")
     entry = NORMALIZATIONS[normalization]

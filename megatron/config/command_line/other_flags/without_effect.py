@@ -1,10 +1,12 @@
 """Table of the flags of Megatron-LM that are accepted without effect, grouped by reason. `table.py` explains the notation.
 
-These flags choose an implementation, or concern something that pretraining does not do. A flag that would change the loss, the
-checkpoints or the memory of a run is refused instead, in `refused.py`: ignoring it would mislead the user.
+These flags choose an implementation, or concern something that pretraining does not do. Ignoring a flag that would change the
+loss, the checkpoints or the memory of a run would mislead the user, so such a flag is usually refused, in `refused.py`.
+Exceptions are the flags of random numbers, checkpoint formats, CUDA graphs, the allocator and communication buffers, in which a
+run differs from one of Megatron-LM in any case.
 """
 
-# Reason, which ends the note "`--flag` changes nothing: ...", -> flags.
+# Maps each reason, the end of the note "`--flag` changes nothing: ...", to its flags.
 WITHOUT_EFFECT = {
     # the layers
     "there is one implementation of the layers": """
@@ -27,7 +29,7 @@ WITHOUT_EFFECT = {
     "steps run without CUDA graphs, with the same results": """
         --enable-cuda-graph --external-cuda-graph --cuda-graph-impl=none|local|transformer_engine|full_iteration
         --cuda-graph-scope=* --cuda-graph-modules=* --cuda-graph-warmup-steps=? --optimizer-cuda-graph""",
-    "optimizer state, main weights and reduced gradients are fp32 (--grad-reduce-in-bf16 halves the last)": """
+    "optimizer state and main weights are fp32, and so are reduced gradients without --grad-reduce-in-bf16": """
         --use-precision-aware-optimizer --main-grads-dtype=fp32 --main-params-dtype=fp32 --exp-avg-dtype=fp32
         --exp-avg-sq-dtype=fp32""",
     "weights are always initialized, then replaced by those of --load": "--no-initialization",
@@ -55,7 +57,7 @@ WITHOUT_EFFECT = {
         --disable-tp-comm-split-ag --disable-tp-comm-split-rs --no-tp-comm-bulk-dgrad --no-tp-comm-bulk-wgrad
         --no-tp-comm-overlap-ag --no-tp-comm-overlap-rs --no-tp-comm-split-ag --no-tp-comm-split-rs
         --tp-comm-bootstrap-backend=nccl|mpi|gloo""",
-    "the optimization never changes a result": "--no-scatter-gather-tensors-in-pipeline",
+    "how activations are sent between pipeline stages never changes a result": "--no-scatter-gather-tensors-in-pipeline",
     "transfers between stages have one implementation": "--use-ring-exchange-p2p",
     "transfers between stages always overlap with computation": """
         --overlap-p2p-communication --no-overlap-p2p-communication --overlap-p2p-communication-warmup-flush""",
@@ -75,7 +77,7 @@ WITHOUT_EFFECT = {
     "garbage collection is left to Python": """
         --manual-gc --manual-gc-interval=? --no-manual-gc-eval --disable-manual-gc-eval""",
     "the host waits for its device at every log line": "--train-sync-interval=?",
-    "the optimizer state is never in host memory": "--no-pin-cpu-grads --no-pin-cpu-params",
+    "the optimizer state is never offloaded to host memory": "--no-pin-cpu-grads --no-pin-cpu-params",
     "an MLP always takes the whole sequence at once": "--mlp-chunks-for-training=1",
     # the data
     "datasets are always memory-mapped": "--data-impl=mmap|infer",
@@ -110,7 +112,7 @@ WITHOUT_EFFECT = {
     "random numbers depend only on the seed and the step, so checkpoints contain no RNG state": "--no-load-rng --no-save-rng",
     "checkpoints always store the main weights, in fp32": "--load-main-params-from-ckpt",
     # stopping, error checks and logging
-    "SIGTERM, SIGUSR1 or Ctrl-C to any rank always saves, and ends the run with status 75": """
+    "during training, SIGTERM, SIGUSR1 or Ctrl-C to any rank always saves, and ends the run with status 75": """
         --exit-signal-handler --exit-signal=? --exit-signal-handler-for-training --exit-signal-handler-for-dataloader""",
     "gradients are always checked for NaN and Inf; --on-nonfinite sets the reaction": "--no-check-for-nan-in-loss-and-grad",
     "steps are not run twice in search of faulty hardware": """
@@ -119,9 +121,10 @@ WITHOUT_EFFECT = {
     "there are no timers inside a step": """
         --timing-log-level=? --timing-log-option=? --no-barrier-with-level-1-timing --log-timers-to-tensorboard""",
     "throughput is always logged, in TFLOP/s and tokens/s": "--log-throughput",
-    "the metrics on the console and in metrics.jsonl are fixed": """
+    "these metrics are not available": """
         --log-progress --log-straggler --disable-straggler-on-startup --straggler-ctrlr-port=? --straggler-minmax-count=?
-        --log-energy --log-device-memory-used --log-memory-interval=? --log-max-attention-logit --logging-level=?""",
+        --log-energy --log-device-memory-used --log-memory-interval=? --log-max-attention-logit""",
+    "the level of log messages is fixed": "--logging-level=?",
     "the configuration is saved with every checkpoint": "--config-logger-dir=?",
     "one_logger is NVIDIA's private tracker": """
         --no-one-logger --one-logger-project=? --one-logger-run-name=? --one-logger-async --app-tag-run-name=?
