@@ -1,4 +1,4 @@
-"""The packages that this one depends on, and the commands that install them. Uses the standard library only, of any Python 3.
+"""Packages that this one depends on, and commands that install them. Imports nothing, and runs on Python 3.6 or later.
 
 On PyPI the name `megatron` belongs to another project, so the commands install from this checkout.
 """

@@ -19,7 +19,7 @@ class GPT(Transformer):
         self.head = self.build_output(word)
 
     def loss(self, x: Tensor, batch: Batch) -> Loss:
-        """Return the sum of the unmasked tokens' cross-entropies. x: final hidden states `[seq, batch, hidden]`."""
+        """Return the sum of the unmasked tokens' cross-entropies, and the number of these tokens. x: `[seq, batch, hidden]`."""
         return Loss(self.output.loss(x, batch.labels, batch.loss_mask), batch.loss_mask.sum())
 
     def logits(self, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from megatron.parallel.collectives import CollectiveWork
 
 
 class ParamGatherer:
-    """Gathers the weights of all buckets. overlap: `all_started` does not wait until they have arrived."""
+    """Gathers the weights of all buckets. overlap: `finish_unless_overlapping` does not wait for them."""
 
     def __init__(self, buffers: Sequence[FlatBuffer], *, overlap: bool = False) -> None:
         self.buffers, self.overlap = list(buffers), overlap
@@ -26,10 +26,10 @@ class ParamGatherer:
         """Start to gather the weights of bucket `number`. Collective: all ranks start the buckets in the same order."""
         self._pending[number] = self.buffers[number].all_gather_params_async()
 
-    def all_started(self) -> None:
+    def finish_unless_overlapping(self) -> None:
         """Wait for the gathers, which have all been started; with overlap, return at once.
 
-        With overlap, call `finish` before reading weights, except in modules that were passed to `wait_before`.
+        With overlap, call `finish` before reading weights, except in modules that were passed to `add_wait_hook`.
         """
         if not self.overlap:
             self.finish()
@@ -38,7 +38,7 @@ class ParamGatherer:
         """Wait for all pending gathers."""
         self._wait(list(self._pending))
 
-    def wait_before(self, module: nn.Module, parameters: Iterable[Tensor]) -> None:
+    def add_wait_hook(self, module: nn.Module, parameters: Iterable[Tensor]) -> None:
         """Make every later call of `module` wait first for the buckets of `parameters`."""
         wanted = {id(p) for p in parameters}
         needed = [n for n, b in enumerate(self.buffers) if any(id(p) in wanted for p in b.parameters)]
@@ -55,15 +55,15 @@ class ParamGatherer:
                 self._pending.pop(number).wait()
 
 
-def wait_in_turn(gatherer: ParamGatherer, modules: Sequence[nn.Module], parameters: Sequence[Tensor]) -> None:
+def register_wait_hooks(gatherer: ParamGatherer, modules: Sequence[nn.Module], parameters: Sequence[Tensor]) -> None:
     """Make each module wait for its own parameters when it is called.
 
     Args:
         gatherer: gatherer of the parameters' buckets.
         modules: modules in the order of the forward pass.
-        parameters: all parameters that the forward pass needs. The last module also waits for those that belong to no module.
+        parameters: all parameters that the forward pass needs. The last module also waits for those in none of `modules`.
     """
     module_params = {id(p) for module in modules for p in module.parameters()}
     for module in modules:
         rest = [p for p in parameters if id(p) not in module_params] if module is modules[-1] else []
-        gatherer.wait_before(module, [*module.parameters(), *rest])
+        gatherer.add_wait_hook(module, [*module.parameters(), *rest])

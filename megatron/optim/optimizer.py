@@ -108,7 +108,7 @@ class Optimizer:
             for number in reversed(range(len(self.buffers))):
                 self.update.step(number, self.buffers[number].own_grads.float())  # copies only if the gradients are 16-bit
                 self.gatherer.start(number)
-            self.gatherer.all_started()
+            self.gatherer.finish_unless_overlapping()
         params_norm = float(global_norm(self._main_weights, self.mesh.world)) if self.log_params_norm else None
         return UpdateReport(norm, not finite, zeros, params_norm)
 

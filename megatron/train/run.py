@@ -20,7 +20,7 @@ from megatron.model.build import build_stages
 from megatron.model.init import fill_parameters
 from megatron.model.transformer import Transformer
 from megatron.optim.buffers import FlatBuffer, MainWeights, flat_buffers
-from megatron.optim.gather import wait_in_turn
+from megatron.optim.gather import register_wait_hooks
 from megatron.optim.lr import LRSchedule
 from megatron.optim.optimizer import Optimizer
 from megatron.optim.precision import Precision
@@ -239,7 +239,7 @@ def build_optimizer(
         for stage in stages.values():
             # The weights are gathered in the order of the forward pass.
             modules = (stage.embedding, *stage.layers.values(), stage.final_norm)
-            wait_in_turn(optimizer.gatherer, [m for m in modules if m is not None], list(stage.parameters()))
+            register_wait_hooks(optimizer.gatherer, [m for m in modules if m is not None], list(stage.parameters()))
     return optimizer
 
 
