@@ -21,7 +21,7 @@ class Phase:
         since: start of the phase, `time.monotonic()`.
         mode: COMPUTING, SHARED_WORK, LOCAL_WORK or WAITING.
         kind: kind of computation, whose durations are compared; empty in other modes.
-        what: the description, or a function that returns it and is called only when it is needed.
+        what: the description, or a function that returns it. It is called at every change of phase, so it must be cheap.
     """
 
     since: float

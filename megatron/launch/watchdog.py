@@ -36,13 +36,13 @@ from megatron.launch.store import Store, serves_store
 STOPPED, REFUSED = 75, 2  # exit statuses of a whole job: stopped on request, or wrong configuration
 NO_FAILURE = "-"  # value of the store's key `failure` until a rank publishes one
 NEIGHBOURS = 8  # ranks that each rank observes; if each observed all, the store's load would grow with their number squared
-COMMUNICATION = ("torch.distributed", "megatron.parallel.collectives", "megatron.pipeline.transfer")
+COMMUNICATION_MODULES = ("torch.distributed", "megatron.parallel.collectives", "megatron.pipeline.transfer")  # name prefixes
 
 
 class Watchdog:
     """Receives the phases of a rank's work. This base class, for a single process, ignores them.
 
-    `what` describes the phase. It may be a function that returns the description, called only when that is needed.
+    `what` describes the phase, or is a function that does. It is called at every change of phase, so it must be cheap.
     """
 
     at_end: Callable[[], object] | None = None  # called before the watchdog ends the process, if all other ranks have ended
@@ -57,7 +57,7 @@ class Watchdog:
         """Begin to wait for other ranks or for the device, without a time limit."""
 
     def idle(self) -> None:
-        """End the phase before the next one has begun."""
+        """End the current phase without beginning a named one."""
 
 
 class JobWatchdog(Watchdog):
@@ -66,12 +66,12 @@ class JobWatchdog(Watchdog):
     Args:
         store: a connection to the job's store that only this watchdog uses.
         env: the launch environment of this process.
-        timeout: limit of a phase that is no computation, --distributed-timeout-minutes.
+        timeout: limit of `doing` phases, and upper bound of the limit of computations: --distributed-timeout-minutes.
         owns_store: this process serves the store, so it must end last.
         timeouts: limits of heartbeats and computations.
         explain: returns the message of an error that needs no traceback.
         signals: the requests to stop that this process received.
-        describe_early_stop: returns message and status for a signal before `signals.hold()`; default 128 + signal, no message.
+        describe_early_stop: message, status for a signal before `signals.hold()`; default 128 + signal, text if others go on.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class JobWatchdog(Watchdog):
         others = [(env.rank + i) % env.world_size for i in range(1, env.world_size)]
         self._others, self._neighbours = others, others[:NEIGHBOURS]
         self._beat_number = self._pending_beat = 0  # _pending_beat: the beat for which the store owes an answer; 0 if none
-        self._ending = self._published_ending = ""
+        self._ending = self._published_ending = ""  # see Heartbeat.ending
         self._error: BaseException | None = None
         self._signals, self._describe_early_stop = signals or StopSignals(), describe_early_stop
         self._signal_age = self._error_age = 0.0  # seconds since the signal, and since the error
@@ -189,11 +189,11 @@ class JobWatchdog(Watchdog):
         return self._signals.name is not None and not self._signals.held
 
     def _signal_is_unresolved(self) -> bool:
-        """Return whether a signal came that ends this rank, or may still turn out to follow from another rank's failure."""
+        """Return whether this rank received a signal that ends it, or that another rank's failure may yet explain."""
         return self._signals.name is not None and (self._ends_early() or self._signal_age < self._timeouts.settle)
 
     def _finished(self) -> bool:
-        """Return whether this rank's work is done, and no other rank needs a store that it serves."""
+        """Return whether this rank is done and no other rank needs its store. Once it is done, write a heartbeat first."""
         if not self._stopping.is_set():
             return False
         self._exchange(self._others if self._owns_store else [])
@@ -231,7 +231,7 @@ class JobWatchdog(Watchdog):
             self._publish(self._describe_error(self._error), exit_status(self._error))
         if not self._ends_early():
             return
-        # A rank without a heartbeat failed, and reported that, before its watchdog started.
+        # A rank never seen is taken to have failed, and reported that, before its watchdog started: the job is ending.
         all_are_ending = len(peers) < len(self._others) or all(peer.beat.ending for peer in peers)
         if not all_are_ending and self._signal_age < timeouts.settle:
             return
@@ -269,18 +269,18 @@ class JobWatchdog(Watchdog):
         return passed
 
     def _seconds_left(self) -> float | None:
-        """Return the seconds that this rank's phase may still take; None for a phase without a limit."""
+        """Return the seconds left of this phase; None if it waits, communicates, or is shared work within its limit."""
         mode = self._seen_phase.mode
         if mode == WAITING or (self._age > 1.0 and self._communicates()):
             return None
         limit = self._durations.limit(self._seen_phase.kind) if mode == COMPUTING else self._timeout
-        # Shared work may be waiting for a hung rank, so until its own limit it must not excuse that (`may_wait_for_peer`).
+        # Shared work may be waiting for a hung rank; a number would let `may_wait_for_peer` excuse that rank's hang.
         return None if mode == SHARED_WORK and self._age < limit else round(limit - self._age, 2)
 
     def _communicates(self) -> bool:
         """Return whether the main thread is inside a collective; with tensor parallelism even a computation has some."""
         frame = sys._current_frames().get(self._main_thread)
-        return frame is not None and str(frame.f_globals.get("__name__", "")).startswith(COMMUNICATION)
+        return frame is not None and str(frame.f_globals.get("__name__", "")).startswith(COMMUNICATION_MODULES)
 
     def _describe_rank(self, rank: int | None = None) -> str:
         """Return a description of this rank or another: rank, host and phase."""
@@ -338,7 +338,7 @@ class JobWatchdog(Watchdog):
         if published["status"] == STOPPED or self._env.job is None:
             time.sleep(2 * self._timeouts.period)
         elif self._signals.wait_for("SIGTERM", within=2 * self._timeouts.period):
-            self._leave(0)  # torchrun has seen the other rank end; it would report every other status than 0 as well
+            self._leave(0)  # torchrun has seen the other rank end, and would report this one as well if its status were not 0
         write_error_file(str(published["text"]))  # torchrun reads the file of the first dead rank that it finds
         own_status = 1 if self._error is None else exit_status(self._error)
         self._leave(published["status"] if published["status"] in (STOPPED, REFUSED) else own_status)
