@@ -21,7 +21,7 @@ MAX_WAIT = timedelta(days=1)
 
 
 class DiskError(CheckpointError):
-    """A checkpoint could not be written because the disk is full or failing. The run itself is not affected."""
+    """Reading or writing a checkpoint failed with an OSError, or the disk has too little space for it."""
 
 
 def saving_axis(world: Axis) -> Axis:
@@ -46,7 +46,7 @@ def run_on_all_ranks(world: Axis, work: Callable[[], T], watch: Watchdog | None 
         This rank's result.
 
     Raises:
-        DiskError: on every rank, if the disk caused every failure.
+        DiskError: on every rank, if every failure is an OSError or a DiskError.
         CheckpointError: on every rank, for any other failure. The message lists each failed rank with its error.
     """
     watch = watch or Watchdog()
@@ -64,10 +64,11 @@ def run_on_all_ranks(world: Axis, work: Callable[[], T], watch: Watchdog | None 
         watch.waiting(f"waiting for the other ranks after {what}")
         dist.all_gather_object(failures, failure, group=world.group)
         # One sentence for all ranks that met the same error: a full disk fails on a thousand at once.
-        ranks_by_failure = {f: [r for r, other in enumerate(failures) if other == f] for f in failures if f is not None}
+        ranks_by_failure = {f: [rank for rank, other in enumerate(failures) if other == f] for f in failures if f is not None}
         if ranks_by_failure:
             error_type = DiskError if all(disk for _, disk in ranks_by_failure) else CheckpointError
-            raise error_type("; ".join(f"rank {', '.join(map(str, r))}: {text}" for (text, _), r in ranks_by_failure.items()))
+            messages = (f"rank {', '.join(map(str, ranks))}: {text}" for (text, _), ranks in ranks_by_failure.items())
+            raise error_type("; ".join(messages))
     return result  # type: ignore[return-value]  # None only if `work` returned None
 
 
@@ -80,7 +81,7 @@ def describe_error(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def all_agree(world: Axis, answer: bool) -> bool:
+def true_on_all_ranks(world: Axis, answer: bool) -> bool:
     """Return whether `answer` is true on every rank. Collective."""
     if world.group is None:
         return answer

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron.checkpoint.agreement import all_agree, gather_objects, run_on_all_ranks, scatter_objects
+from megatron.checkpoint.agreement import gather_objects, run_on_all_ranks, scatter_objects, true_on_all_ranks
 from megatron.checkpoint.layout import CONFIG, STATE, TOKENIZER, CheckpointError, Piece, TensorRecord
 from megatron.checkpoint.shards import assign_evenly, coverage_error
 from megatron.checkpoint.snapshot import Snapshot
@@ -96,7 +96,7 @@ class Planner:
         local = run_on_all_ranks(world, lambda: local_shards(parts), what="listing the state")
         held = [HeldPiece(name, s.dtype, s.shape, part) for (name, part), s in local.items()]
         # If the pieces of any rank have changed, all ranks must take part in the new plan.
-        if not all_agree(world, held == self._held):
+        if not true_on_all_ranks(world, held == self._held):
             self._update_global_plan(held)
 
         def collect() -> SavePlan:

@@ -1,4 +1,7 @@
-"""Write a run's side files, such as metrics, and its console output: a failed write is a warning, and the run continues."""
+"""Write a run's side files, such as metrics, and its console output: a failed write is a warning, and the run continues.
+
+For tools, it provides streams whose failure ends the program.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +74,7 @@ def warn(path: object, what: str, error: BaseException, consequence: str = "the 
 
     Args:
         path: the file.
-        what: what failed.
+        what: what went wrong, as a clause.
         error: the error that was caught.
         consequence: how the run continues.
     """
@@ -81,7 +84,7 @@ def warn(path: object, what: str, error: BaseException, consequence: str = "the 
 
 @contextmanager
 def warning_on_error(path: object, what: str) -> Iterator[None]:
-    """Turn an OSError of the block into a warning that `what` failed for the file `path`."""
+    """Turn an OSError of the block into a warning about the file `path`. what: what went wrong, as a clause."""
     try:
         yield
     except OSError as error:
@@ -98,13 +101,13 @@ class SideStream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write the text; an OSError is ignored, after a first warning."""
+        """Write the text; an OSError is ignored, and the first one of standard output is logged as a warning."""
         with self._warn_once():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Flush the stream; an OSError is ignored, after a first warning."""
+        """Flush the stream; an OSError is handled as in `write`."""
         with self._warn_once():
             self._stream.flush()
 
@@ -191,7 +194,7 @@ class PipedStream:
 
 @contextmanager
 def piped_streams() -> Iterator[None]:
-    """End the program if text printed inside the block cannot be written, at the latest when the block ends by a flush."""
+    """End the program if text printed in the block cannot be written, at the latest by the flush at the end of the block."""
     original = sys.stdout, sys.stderr
     names = ("standard output", "standard error")
     streams = [stream and PipedStream(stream, name) for stream, name in zip(map(_unwrap, original), names, strict=True)]
@@ -212,7 +215,7 @@ def _unwrap(stream: Any) -> Any:
 
 
 def _redirect_to_null(stream: TextIO) -> None:
-    """Redirect a stream that cannot be written to /dev/null, since Python would report the error again at exit."""
+    """Redirect a broken stream to /dev/null, since Python would report the error again at exit."""
     with suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
