@@ -45,7 +45,7 @@ FILE_KINDS = (
 
 
 class UnfitFile(OSError):
-    """The path is not a regular file, or the file is too large. `strerror` is the reason, without the path."""
+    """The path is not a regular file, or the file is too large. Its text as an OSError is the reason, without the path."""
 
     def __init__(self, path: PathLike, what: str) -> None:
         super().__init__(errno.EINVAL, what, os.fspath(path))

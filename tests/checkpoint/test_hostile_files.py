@@ -208,7 +208,7 @@ def test_json_of_nothing_but_brackets_is_not_built(monkeypatch):
     monkeypatch.setattr("megatron.checkpoint.manifest.MAX_VALUES", 100)
     assert len(parse_strict_json("[" + "[]," * 40 + "[]]")) == 41
     assert len(parse_strict_json("[" + "         1234567," * 200 + "1]")) == 201
-    with pytest.raises(ValueError, match="more values than a checkpoint of its size"):
+    with pytest.raises(ValueError, match="more values than a checkpoint's file of its size can have"):
         parse_strict_json("[" + "[]," * 200 + "[]]")
 
 

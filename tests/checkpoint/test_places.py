@@ -90,5 +90,7 @@ def test_an_impossible_output_place_is_refused_before_any_work(
     assert done.value.code == 2, (done.value.code, said)
     assert len(said) == 1 and said[0].startswith("error: ") and out in said[0], said
     # A link is named as one by what replaces a directory as a whole.
-    assert why in said[0] or (tool == "tools/export_hf.py" and place == "a dangling link" and "is a link, to" in said[0]), said
+    assert why in said[0] or (tool == "tools/export_hf.py" and place == "a dangling link" and "is a symlink to" in said[0]), (
+        said
+    )
     assert sorted(inputs.rglob("*")) == before

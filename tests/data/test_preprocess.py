@@ -243,7 +243,7 @@ def test_inspect_and_merge(corpus: Path, tmp_path: Path) -> None:
     for args, message in {
         (prefix, "--samples", 1): "--seq-length",
         (tmp_path / "b",): "not found",
-        (prefix, "--samples", 1, "--seq-length", 4, "--split", "0,1,0"): "training split nothing",
+        (prefix, "--samples", 1, "--seq-length", 4, "--split", "0,1,0"): "leaves no documents for training",
         (prefix, "--tokenizer-type", "NullTokenizer", "--vocab-size", 256): "was made with ByteTokenizer",
     }.items():
         wrong = tool("inspect_dataset.py", *args)

@@ -28,8 +28,10 @@ ROWS, HEADS, SEQ, WIDTH = 2, 4, 32, 8
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
-def cp_axis() -> Axis:
-    return Mesh.build(Grid(cp=dist.get_world_size()), dist.get_rank()).cp if dist.is_initialized() else Axis.alone("cp")
+def cp_axis(*, shared_memory: bool = True) -> Axis:
+    if not dist.is_initialized():
+        return Axis.alone("cp")
+    return Mesh.build(Grid(cp=dist.get_world_size()), dist.get_rank(), shared_memory=shared_memory).cp
 
 
 def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -201,7 +203,7 @@ class TensorSizes(TorchDispatchMode):
 
 def memory(seq: int, dropout: float) -> tuple[int, int]:
     """Elements that are kept for the backward pass, without dropout's keys; elements of the largest tensor ever made."""
-    axis, kept = cp_axis(), {}
+    axis, kept = cp_axis(shared_memory=False), {}  # its channels are allocated once, for all that a run sends
     part = shard_batch(whole_batch(seq, True), axis)
     q, k, v = (draw(ROWS, n, seq // axis.size, WIDTH, seed=n, dtype=torch.float32) for n in (HEADS, 2, 2))
     q, k, v = (x.requires_grad_() for x in (q, k, v))
@@ -234,7 +236,7 @@ def test_nothing_grows_with_the_square_of_the_sequence(world, dropout):
 
 def backward_bytes(model: ModelSettings, seq: int, dtype: torch.dtype) -> int:
     """The most bytes that the backward pass of one sequence holds at once, beside what was kept for it."""
-    axis = cp_axis()
+    axis = cp_axis(shared_memory=False)
     heads, groups, width = model.num_attention_heads, model.num_query_groups, model.kv_channels
     q, k, v = (draw(1, n, seq // axis.size, width, seed=n, dtype=dtype) for n in (heads, groups, groups))
     q, k, v = (x.requires_grad_() for x in (q, k, v))

@@ -320,7 +320,7 @@ def test_checkpoints_that_cannot_be_scored(whole, files, tmp_path):
     for task in ("WIKITEXT103", "PERPLEXITY"):
         assert "no tokenizer" in refused((replace(opened, tokenizer=None), mesh), task, [text])
     bert = train_and_export(tmp_path, steps=0, architecture="bert")
-    assert "holds a BERT" in refused(open_on_ranks(str(bert / "run"), 1, 1), "PERPLEXITY", [text])
+    assert "is a BERT, which predicts masked words" in refused(open_on_ranks(str(bert / "run"), 1, 1), "PERPLEXITY", [text])
 
 
 def test_a_damaged_model_is_refused(model, files):
