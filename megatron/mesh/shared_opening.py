@@ -39,11 +39,9 @@ def open_shared_groups(groups: Sequence[Ranks], rank: int, timeout: timedelta | 
     """
     if max(map(len, groups)) == 1 or dist.get_backend() != "gloo":
         return {}
-    problem = unsupported()
-    # Every rank offers a file, since none knows yet which of them is the first of its host. Empty ones cost nothing.
-    file = os.memfd_create("megatron", os.MFD_CLOEXEC) if problem is None else -1
+    identity, file, problem = _offer_file()
     try:
-        everyone = _gather((host_identity() if problem is None else problem, os.getpid(), file))
+        everyone = _gather((identity, os.getpid(), file))
         here = [other for other, (host, _, _) in enumerate(everyone) if host == everyone[rank][0]]
         inside = [ranks for ranks in groups if len(ranks) > 1 and set(ranks) <= set(here)]
         memory = None
@@ -63,6 +61,19 @@ def open_shared_groups(groups: Sequence[Ranks], rank: int, timeout: timedelta | 
     if problems or memory is None:
         return {}
     return _lay_out(memory, inside, timeout)
+
+
+def _offer_file() -> tuple[str, int, str | None]:
+    """Return this host's identity, a file in memory, and None; or "", -1, and why this process cannot share memory.
+
+    Every rank offers a file, since none knows yet which of them is the first of its host. An empty one costs nothing.
+    """
+    if problem := unsupported():
+        return "", -1, problem
+    try:
+        return host_identity(), os.memfd_create("megatron", os.MFD_CLOEXEC), None
+    except OSError as error:
+        return "", -1, str(error)
 
 
 def _gather(value: Any) -> list[Any]:
